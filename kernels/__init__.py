@@ -1,0 +1,1 @@
+"""Low-bit matrix products on raw arrays (imports nothing of quantlab)."""
