@@ -1,0 +1,258 @@
+"""The seam: the only module that touches JAX's intermediate representation.
+
+JAX renames parts of its jaxprs between releases (0.10 to 0.12 moved `scan`'s
+counts into flat trees, merged `ClosedJaxpr` with `Jaxpr`, made `jit`'s inline
+flag an enum). Everything that depends on such details is here: tracing a
+function to a `Program`, reading an equation's parts, evaluating an equation as
+it was, and rebuilding a container (jit, scan, cond, while, remat) around a
+body that has been replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax._src import source_info_util
+from jax.extend import core as jex_core
+
+Literal = jex_core.Literal
+Var = jex_core.Var
+DropVar = jex_core.DropVar
+typeof = jax.typeof
+
+# Containers whose body is walked; `custom_vjp_call` is walked only where a
+# chosen site lies inside, because walking drops the user's derivative rule.
+CALLS = {
+  'jit': 'jaxpr',
+  'pjit': 'jaxpr',
+  'closed_call': 'call_jaxpr',
+  'core_call': 'call_jaxpr',
+  'remat2': 'jaxpr',
+  'checkpoint': 'jaxpr',
+  'custom_jvp_call': 'call_jaxpr',
+  'custom_vjp_call': 'call_jaxpr',
+  'custom_vjp_call_jaxpr': 'fun_jaxpr',
+}
+# The user's own derivative rule is lost when one of these is walked.
+CUSTOM_RULES = ('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+  """A traced function: a flat list of equations and how to call it.
+
+  Attributes:
+    jaxpr: the equations; its first `num_params` inputs are the parameters.
+    consts: arrays the function closed over.
+    num_params: number of parameter leaves.
+    out_tree: structure of the function's result.
+  """
+
+  jaxpr: Any
+  consts: tuple[Any, ...]
+  num_params: int
+  out_tree: Any
+
+  @property
+  def cacheable(self) -> bool:
+    """False where the function closed over a tracer of an outer transform."""
+    return not any(isinstance(c, jax.core.Tracer) for c in self.consts)
+
+
+def trace(fn: Callable, num_params: int, avals: Sequence[Any]) -> Program:
+  """Traces `fn(*leaves)` on shapes; the first `num_params` are parameters."""
+  box = []
+
+  def flat(*leaves):
+    out, tree = jax.tree.flatten(fn(*leaves))
+    box.append(tree)
+    return out
+
+  closed = jax.make_jaxpr(flat)(*avals)
+  jaxpr, consts = open_jaxpr(closed)
+  return Program(jaxpr, tuple(consts), num_params, box[-1])
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+  """Splits a closed or open jaxpr of any release into (jaxpr, consts)."""
+  return getattr(jaxpr, 'jaxpr', jaxpr), getattr(jaxpr, 'consts', ()) or ()
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+  """Shape, dtype and weak type of an array, tracer or ShapeDtypeStruct."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x
+  aval = typeof(x)
+  return jax.ShapeDtypeStruct(
+    aval.shape, aval.dtype, weak_type=bool(getattr(aval, 'weak_type', False))
+  )
+
+
+def is_array(x: Any) -> bool:
+  return isinstance(
+    x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+  )
+
+
+def config_key() -> tuple[Any, ...]:
+  """Everything outside the arguments that a trace depends on."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return (
+    jax.config.jax_enable_x64,
+    jax.config.jax_default_matmul_precision,
+    jax.config.jax_numpy_dtype_promotion,
+    jax.config.jax_numpy_rank_promotion,
+    jax.config.jax_threefry_partitionable,
+    jax.config.jax_debug_nans,
+    jax.config.jax_disable_jit,
+    mesh,
+  )
+
+
+def inner_jaxprs(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
+  """The bodies of a container that may be walked, in a fixed order.
+
+  `cond` gives its branches, `while` its condition and its body; a primitive
+  that is not a known container gives none (it is opaque).
+  """
+  name = eqn.primitive.name
+  if name in CALLS:
+    return [open_jaxpr(eqn.params[CALLS[name]])]
+  if name in ('scan', 'shard_map'):
+    return [open_jaxpr(eqn.params['jaxpr'])]
+  if name == 'cond':
+    return [open_jaxpr(b) for b in eqn.params['branches']]
+  if name == 'while':
+    return [
+      open_jaxpr(eqn.params['cond_jaxpr']),
+      open_jaxpr(eqn.params['body_jaxpr']),
+    ]
+  return []
+
+
+def opaque_contractions(eqn: Any) -> int:
+  """Number of products inside a primitive whose body is never walked."""
+  if inner_jaxprs(eqn):
+    return 0
+
+  def count(jaxpr):
+    names = ('dot_general', 'conv_general_dilated')
+    own = sum(e.primitive.name in names for e in jaxpr.eqns)
+    return own + sum(count(s) for e in jaxpr.eqns for s in _subs(e))
+
+  return sum(count(s) for s in _subs(eqn))
+
+
+def _subs(eqn: Any) -> list[Any]:
+  found = []
+  for value in eqn.params.values():
+    for item in value if isinstance(value, tuple | list) else (value,):
+      jaxpr = getattr(item, 'jaxpr', item)
+      if hasattr(jaxpr, 'eqns') and hasattr(jaxpr, 'invars'):
+        found.append(jaxpr)
+  return found
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+  """(number of constants, number of carries) of a scan equation."""
+  if 'num_consts' in eqn.params:
+    return eqn.params['num_consts'], eqn.params['num_carry']
+  consts, carry, _ = eqn.params['ft_in'].unpack()
+  return len(consts), len(carry)
+
+
+def while_counts(eqn: Any) -> tuple[int, int]:
+  """(constants of the condition, constants of the body) of a while loop."""
+  return eqn.params['cond_nconsts'], eqn.params['body_nconsts']
+
+
+def name_stack(eqn: Any) -> str:
+  return str(eqn.source_info.name_stack)
+
+
+@contextlib.contextmanager
+def eqn_context(eqn: Any):
+  """The name stack and compute context in which an equation was traced."""
+  stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+  with source_info_util.user_context(
+    eqn.source_info.traceback, name_stack=stack
+  ):
+    manager = getattr(eqn.ctx, 'manager', contextlib.nullcontext())
+    with manager:
+      yield
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+  """Evaluates an equation exactly as it was traced."""
+  params = eqn.primitive.get_bind_params(eqn.params)
+  with eqn_context(eqn):
+    out = eqn.primitive.bind(*args, **params)
+  return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def call(eqn: Any, body: Callable, args: Any) -> Any:
+  """Rebuilds a one-body call (jit, remat, custom rule) around `body(args)`.
+
+  `jit` keeps its name, inline flag, donation is dropped (an inner donation
+  has no effect under an outer trace) and shardings are kept where they were
+  given; `remat` keeps its policy. A custom derivative rule is dropped: JAX
+  differentiates the new body.
+  """
+  name = eqn.primitive.name
+  with eqn_context(eqn):
+    if name in ('jit', 'pjit'):
+      body.__name__ = eqn.params['name']
+      options = dict(eqn.params.get('compiler_options_kvs') or ()) or None
+      return jax.jit(
+        body, inline=eqn.params['inline'], compiler_options=options
+      )(args)
+    if name in ('remat2', 'checkpoint'):
+      return jax.checkpoint(
+        body,
+        prevent_cse=eqn.params['prevent_cse'],
+        policy=eqn.params['policy'],
+      )(args)
+    return body(args)
+
+
+def has_shardings(eqn: Any) -> bool:
+  """True for a jit equation that fixes shardings of its operands."""
+  given = (*eqn.params['in_shardings'], *eqn.params['out_shardings'])
+  return any(type(s).__name__ != 'UnspecifiedValue' for s in given)
+
+
+def constrain(eqn: Any, which: str, values: Sequence[Any]) -> list[Any]:
+  """Applies a jit equation's given shardings to dense values."""
+  out = []
+  for value, sharding in zip(values, eqn.params[which], strict=True):
+    fixed = type(sharding).__name__ != 'UnspecifiedValue'
+    dense = fixed and isinstance(value, jax.Array)
+    out.append(
+      lax.with_sharding_constraint(value, sharding) if dense else value
+    )
+  return out
+
+
+def scan(eqn: Any, body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+  """Rebuilds a scan around `body(carry, xs) -> (carry, ys)`."""
+  p = eqn.params
+  with eqn_context(eqn):
+    return lax.scan(
+      body, carry, xs, p['length'], reverse=p['reverse'], unroll=p['unroll']
+    )
+
+
+def cond(eqn: Any, index: Any, branches: Sequence[Callable], args: Any) -> Any:
+  with eqn_context(eqn):
+    return lax.switch(index, branches, args)
+
+
+def while_loop(eqn: Any, test: Callable, body: Callable, carry: Any) -> Any:
+  with eqn_context(eqn):
+    return lax.while_loop(test, body, carry)

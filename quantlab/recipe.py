@@ -1,0 +1,216 @@
+"""Recipes: which quantizer goes where.
+
+A recipe is an ordered dict from patterns to rules. A pattern is a regular
+expression, searched in '/' + the parameter path of a site's weight, or in the
+site's name when it starts with 'site:'. The first match wins; sites that no
+pattern matches stay in float and are listed; a pattern that decides nothing is
+an error, unless its rule is wrapped in `optional`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quantlab.core import Quantizer
+from quantlab.graph.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """Quantizers of one product.
+
+  Attributes:
+    weight: of the weight, or None.
+    input: of the activation that meets the weight, or None.
+    output: of the product, or None.
+    lhs, rhs: of the operands of a product of two activations.
+    fold: fold a following inference-mode BatchNorm into the weight.
+  """
+
+  weight: Quantizer | None = None
+  input: Quantizer | None = None
+  output: Quantizer | None = None
+  lhs: Quantizer | None = None
+  rhs: Quantizer | None = None
+  fold: bool = True
+
+  def to_json(self) -> dict[str, Any]:
+    out: dict[str, Any] = {
+      f.name: getattr(self, f.name).to_json()
+      for f in dataclasses.fields(self)
+      if isinstance(getattr(self, f.name), Quantizer)
+    }
+    return out if self.fold else {**out, 'fold': False}
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> Rule:
+    fields = {
+      k: v if k == 'fold' else Quantizer.from_json(v) for k, v in data.items()
+    }
+    return cls(**fields)
+
+  @property
+  def quantizers(self) -> dict[str, Quantizer]:
+    roles = ('weight', 'input', 'output', 'lhs', 'rhs')
+    return {r: q for r in roles if (q := getattr(self, r)) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+  """A rule whose pattern may match nothing."""
+
+  rule: Rule | None
+
+
+def rule(
+  *,
+  weight: Quantizer | None = None,
+  input: Quantizer | None = None,  # noqa: A002 (the field's word)
+  output: Quantizer | None = None,
+  lhs: Quantizer | None = None,
+  rhs: Quantizer | None = None,
+  fold: bool = True,
+) -> Rule:
+  """A rule for a product with a weight, or of two activations (lhs, rhs).
+
+  Raises:
+    TypeError: an argument is not a quantizer.
+    ValueError: both spellings at once, or nothing at all.
+  """
+  made = Rule(weight, input, output, lhs, rhs, fold)
+  for role in ('weight', 'input', 'output', 'lhs', 'rhs'):
+    value = getattr(made, role)
+    if value is not None and not isinstance(value, Quantizer):
+      raise TypeError(
+        f'rule({role}=...) takes a quantizer such as ql.int8(), got {value!r}'
+      )
+  if not made.quantizers:
+    raise ValueError('rule() needs at least one quantizer; use None for float')
+  if (lhs or rhs) and (weight or input):
+    raise ValueError(
+      'rule(lhs=, rhs=) is for a product of two activations, rule(weight=, '
+      'input=) for a product with a weight; got both'
+    )
+  return made
+
+
+def optional(value: Rule | Quantizer | None) -> Optional:
+  """Marks a rule as one that may match nothing without being an error."""
+  return Optional(_as_rule(value, 'optional'))
+
+
+def _as_rule(value: Any, pattern: str) -> Rule | None:
+  if value is None or isinstance(value, Rule):
+    return value
+  if isinstance(value, Quantizer):
+    return Rule(weight=value)
+  raise TypeError(
+    f'the rule for {pattern!r} must be a quantizer, ql.rule(...) or None, got '
+    f'{value!r}'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Ordered (pattern, rule, optional) triples; made by `recipe`."""
+
+  entries: tuple[tuple[str, Rule | None, bool], ...]
+
+  def resolve(self, sites: Sequence[Site]) -> dict[str, Rule | None]:
+    """The rule of every site that a pattern matches.
+
+    Raises:
+      ValueError: nothing matches, a pattern decides nothing, or two
+        parameters joined into one weight have different rules.
+    """
+    decided: dict[str, Rule | None] = {}
+    used: set[str] = set()
+    for site in sites:
+      hits = [self._first(site, path) for path in _subjects(site)]
+      found = {pattern for pattern, _ in hits if pattern is not None}
+      used |= found
+      rules = {r for p, r in hits if p is not None}
+      if len(rules) > 1 or (rules and None in [p for p, _ in hits]):
+        raise ValueError(
+          f'the weight of site {site.id!r} joins {", ".join(site.paths)}, '
+          'which match different rules; give them one rule'
+        )
+      if rules:
+        decided[site.id] = next(iter(rules))
+    if not decided:
+      raise ValueError(
+        f'no rule of the recipe matches any site. Patterns: '
+        f'{[e[0] for e in self.entries]}. Sites: {_names(sites)}'
+      )
+    for pattern, _, may_miss in self.entries:
+      if pattern not in used and not may_miss:
+        raise ValueError(
+          f'rule {pattern!r} decides no site: it matches nothing, or an '
+          'earlier rule matches first. Remove it, move it up, or wrap it in '
+          f'ql.optional(...). Sites: {_names(sites)}'
+        )
+    return decided
+
+  def _first(self, site, path):
+    for pattern, found, _ in self.entries:
+      named = pattern.startswith('site:')
+      subject = site.id if named else path and f'/{path}'
+      if subject and re.search(pattern.removeprefix('site:'), subject):
+        return pattern, found
+    return None, None
+
+  def to_json(self) -> list[dict[str, Any]]:
+    return [
+      {
+        'pattern': p,
+        'rule': None if r is None else r.to_json(),
+        **({'optional': True} if o else {}),
+      }
+      for p, r, o in self.entries
+    ]
+
+
+def _subjects(site: Site) -> tuple[str | None, ...]:
+  """Paths a site is matched by: all joined leaves, or the leading one."""
+  if site.view is not None and len(site.paths) > 1:
+    return site.paths
+  return (site.path,)
+
+
+def _names(sites: Sequence[Site], limit: int = 12) -> str:
+  ids = [s.id for s in sites]
+  more = f', ... ({len(ids) - limit} more)' if len(ids) > limit else ''
+  return ', '.join(ids[:limit]) + more
+
+
+def recipe(rules: Mapping[str, Any] | Recipe) -> Recipe:
+  """An ordered recipe from `{pattern: quantizer | rule | None}`.
+
+  Raises:
+    TypeError: a pattern is not a string, or a rule is not a rule.
+    ValueError: a pattern is not a regular expression, or there is none.
+  """
+  if isinstance(rules, Recipe):
+    return rules
+  if not isinstance(rules, Mapping):
+    raise TypeError(f'a recipe is a dict of pattern: rule, got {rules!r}')
+  if not rules:
+    raise ValueError('the recipe is empty: give at least one pattern: rule')
+  entries = []
+  for pattern, value in rules.items():
+    if not isinstance(pattern, str):
+      raise TypeError(f'recipe patterns are strings, got {pattern!r}')
+    try:
+      re.compile(pattern.removeprefix('site:'))
+    except re.error as error:
+      raise ValueError(
+        f'recipe pattern {pattern!r} is not a regular expression: {error}'
+      ) from error
+    inner = value.rule if isinstance(value, Optional) else value
+    entries.append(
+      (pattern, _as_rule(inner, pattern), isinstance(value, Optional))
+    )
+  return Recipe(tuple(entries))
