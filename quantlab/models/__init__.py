@@ -1,0 +1,1 @@
+"""The workload zoo: small pure models, as functions of nested parameters."""
