@@ -1,6 +1,21 @@
-"""Low-bit matrix products on raw arrays (imports nothing of quantlab)."""
+"""Low-bit matrix products on raw arrays (imports nothing of quantlab).
+
+Operations: `quantize_activation`, `int8_matmul`, `w4a8_matmul`,
+`w4a16_matmul`, `int8_conv`. Each is a folder with its definition
+(reference.py) and one file a backend; `explain(op, *args)` prints which one
+would run, and why. Storage: `pack`, `unpack`, `packed_rows`.
+"""
 
 from quantlab_kernels.division import divide as divide
+from quantlab_kernels.int8_conv import int8_conv as int8_conv
+from quantlab_kernels.int8_matmul import int8_matmul as int8_matmul
 from quantlab_kernels.packing import pack as pack
 from quantlab_kernels.packing import packed_rows as packed_rows
 from quantlab_kernels.packing import unpack as unpack
+from quantlab_kernels.quantize_activation import (
+  quantize_activation as quantize_activation,
+)
+from quantlab_kernels.registry import choices as choices
+from quantlab_kernels.registry import explain as explain
+from quantlab_kernels.w4a8_matmul import w4a8_matmul as w4a8_matmul
+from quantlab_kernels.w4a16_matmul import w4a16_matmul as w4a16_matmul
