@@ -1,1 +1,50 @@
-"""Quantization of JAX programs."""
+"""Quantization of JAX programs: `import quantlab as ql`."""
+
+import quantlab_kernels as kernels
+
+from quantlab.core import QTensor as QTensor
+from quantlab.core import Quantizer as Quantizer
+from quantlab.core import scales as scales
+from quantlab.core.presets import binary as binary
+from quantlab.core.presets import codebook as codebook
+from quantlab.core.presets import dfp16 as dfp16
+from quantlab.core.presets import fp4_e2m1 as fp4_e2m1
+from quantlab.core.presets import fp6_e2m3 as fp6_e2m3
+from quantlab.core.presets import fp6_e3m2 as fp6_e3m2
+from quantlab.core.presets import fp8_e4m3 as fp8_e4m3
+from quantlab.core.presets import fp8_e5m2 as fp8_e5m2
+from quantlab.core.presets import int2 as int2
+from quantlab.core.presets import int3 as int3
+from quantlab.core.presets import int4 as int4
+from quantlab.core.presets import int5 as int5
+from quantlab.core.presets import int6 as int6
+from quantlab.core.presets import int7 as int7
+from quantlab.core.presets import int8 as int8
+from quantlab.core.presets import mxfp4 as mxfp4
+from quantlab.core.presets import mxfp6 as mxfp6
+from quantlab.core.presets import mxfp8 as mxfp8
+from quantlab.core.presets import mxint8 as mxint8
+from quantlab.core.presets import nf4 as nf4
+from quantlab.core.presets import nvfp4 as nvfp4
+from quantlab.core.presets import pow2 as pow2
+from quantlab.core.presets import ternary as ternary
+from quantlab.core.presets import uint2 as uint2
+from quantlab.core.presets import uint3 as uint3
+from quantlab.core.presets import uint4 as uint4
+from quantlab.core.presets import uint5 as uint5
+from quantlab.core.presets import uint6 as uint6
+from quantlab.core.presets import uint7 as uint7
+from quantlab.core.presets import uint8 as uint8
+from quantlab.plan import Plan as Plan
+from quantlab.plan import plan as plan
+from quantlab.ptq import Quantized as Quantized
+from quantlab.ptq import ptq as ptq
+from quantlab.ptq import rtn as rtn
+from quantlab.recipe import optional as optional
+from quantlab.recipe import recipe as recipe
+from quantlab.recipe import rule as rule
+from quantlab.rewrites import fake_quantized as fake_quantized
+from quantlab.rewrites import observe as observe
+from quantlab.rewrites import quantized as quantized
+
+__all__ = [name for name in dir() if not name.startswith('_')]

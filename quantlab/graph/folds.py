@@ -30,12 +30,14 @@ class Fold:
     chain: indices of the folded equations, in order.
     left: for each, whether the chained value is its left operand.
     axis: channel axis of the product's result.
+    leaves: parameters (indices) that the map is computed from.
   """
 
   product: int
   chain: tuple[int, ...]
   left: tuple[bool, ...]
   axis: int
+  leaves: tuple[int, ...]
 
 
 def find(jaxpr: Any, values: Mapping[Any, Any], start: int, axis: int) -> (
@@ -52,7 +54,8 @@ def find(jaxpr: Any, values: Mapping[Any, Any], start: int, axis: int) -> (
   users = _users(jaxpr)
   made = {v: e for e in jaxpr.eqns for v in e.outvars}
   var, chain, end = jaxpr.eqns[start].outvars[0], [], 0
-  sides = []
+  sides: list[bool] = []
+  leaves: set[int] = set()
   while len(users.get(var, ())) == 1 and users[var][0] is not None:
     i = users[var][0]
     eqn = jaxpr.eqns[i]
@@ -70,6 +73,8 @@ def find(jaxpr: Any, values: Mapping[Any, Any], start: int, axis: int) -> (
       break
     chain.append(i)
     sides.append(not swapped)
+    if not isinstance(other, _jaxpr.Literal):
+      leaves |= values[other].deps
     scales = eqn.primitive.name in ('mul', 'div')
     if scales and not isinstance(other, _jaxpr.Literal):
       end = len(chain)
@@ -78,7 +83,13 @@ def find(jaxpr: Any, values: Mapping[Any, Any], start: int, axis: int) -> (
     var = eqn.outvars[0]
   if not end:
     return None
-  return Fold(start, tuple(chain[:end]), tuple(sides[:end]), axis)
+  return Fold(
+    start,
+    tuple(chain[:end]),
+    tuple(sides[:end]),
+    axis,
+    tuple(sorted(leaves)),
+  )
 
 
 def _users(jaxpr) -> dict[Any, list[int | None]]:

@@ -39,6 +39,7 @@ class Site:
     dims: roles of the operands' axes.
     lhs, rhs, out: shapes of the traced product inside its loops.
     dtype: dtype of the weight operand (of the left operand without weight).
+    out_dtype: dtype of the product.
     macs: multiply-accumulates of the whole program run, loops included.
     inside: containers around it, outermost first.
     name: its name stack.
@@ -59,6 +60,7 @@ class Site:
   rhs: tuple[int, ...]
   out: tuple[int, ...]
   dtype: str
+  out_dtype: str
   macs: int
   inside: tuple[str, ...]
   name: str
@@ -381,6 +383,7 @@ class _Walker:
         rhs=shapes[1],
         out=shapes[2],
         dtype=str(operand.aval.dtype),
+        out_dtype=str(eqn.outvars[0].aval.dtype),
         macs=trips * _macs(kind, dims, shapes, side),
         inside=inside,
         name='/'.join(prefix),

@@ -26,6 +26,14 @@ class Dropped:
     return jnp.dtype(self.dtype_name)
 
 
+class LostError(TypeError):
+  """A quantized or dropped parameter is needed where it has no value."""
+
+  def __init__(self, message: str, path: str):
+    super().__init__(message)
+    self.path = path
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Lost:
@@ -38,12 +46,13 @@ class Lost:
   path: str
   operation: str
 
-  def error(self, where: str) -> TypeError:
-    return TypeError(
+  def error(self, where: str) -> LostError:
+    return LostError(
       f"quantized parameter '{self.path}' reaches '{self.operation}', which "
       f'has no rule for quantized operands, and its result is needed by '
       f"{where}. Leave '{self.path}' in float (rule None), or pass "
-      'strict=False to dequantize it there.'
+      'strict=False to dequantize it there.',
+      self.path,
     )
 
 

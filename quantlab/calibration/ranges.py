@@ -1,0 +1,218 @@
+"""Static activation ranges, streamed over calibration batches.
+
+Pass one finds the extremes of every activation; ranges by percentile or by
+squared error need a second pass, which counts values in bins between those
+extremes. Both statistics are monoids (max; sum), so that batches, devices and
+reused layers merge exactly, and nothing of a batch is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantlab import core, rewrites
+from quantlab.calibration.batches import checked
+from quantlab.core import Quantizer, scales
+from quantlab.plan import Plan
+
+BINS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Extremes:
+  """Smallest and largest value of the chosen operands of each site."""
+
+  roles: Mapping[str, Iterable[str]]
+
+  def init(self, site):
+    if site.id not in self.roles:
+      return None
+    bound = jnp.float32(jnp.inf)
+    return {r: {'lo': bound, 'hi': -bound} for r in self.roles[site.id]}
+
+  def update(self, site, stat, lhs, rhs, out, state):
+    new = {}
+    for role in stat:
+      x = operand(site, role, lhs, rhs, out).astype(jnp.float32)
+      new[role] = {'lo': jnp.min(x), 'hi': jnp.max(x)}
+    return self.merge(site, stat, new)
+
+  def merge(self, site, a, b):
+    return {
+      r: {
+        'lo': jnp.minimum(a[r]['lo'], b[r]['lo']),
+        'hi': jnp.maximum(a[r]['hi'], b[r]['hi']),
+      }
+      for r in a
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+  """Counts of values in equal bins between known extremes.
+
+  The extremes are state of each site: in a scanned stack they carry the layer
+  axis, which the rewrite slices.
+  """
+
+  roles: Mapping[str, Iterable[str]]
+
+  def init(self, site):
+    if site.id not in self.roles:
+      return None
+    return {r: jnp.zeros((BINS,), jnp.float32) for r in self.roles[site.id]}
+
+  def update(self, site, stat, lhs, rhs, out, state):
+    new = {}
+    for role in stat:
+      x = operand(site, role, lhs, rhs, out)
+      new[role] = self.count(x, state[role]['lo'], state[role]['hi'])
+    return self.merge(site, stat, new)
+
+  def count(self, x: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
+    """Histogram of one operand; a constant tensor falls into one bin."""
+    width = jnp.where(hi > lo, hi - lo, 1) / BINS
+    index = jnp.clip((x.astype(jnp.float32) - lo) / width, 0, BINS - 1)
+    index = index.astype(jnp.int32).reshape(-1)
+    return jnp.zeros((BINS,), jnp.float32).at[index].add(1.0)
+
+  def merge(self, site, a, b):
+    return jax.tree.map(jnp.add, a, b)
+
+
+def operand(site: Any, role: str, lhs: Any, rhs: Any, out: Any) -> Any:
+  """The array that a role of a site names."""
+  if role == 'output':
+    return out
+  if role == 'input':
+    return lhs if site.side == 'rhs' else rhs
+  return lhs if role == 'lhs' else rhs
+
+
+def calibrate(
+  apply: Callable, params: Any, plan: Plan, batches: Iterable[Any]
+) -> dict[str, dict[str, dict[str, jax.Array]]]:
+  """Parameters of every static quantizer: {site: {role: {scale, ...}}}.
+
+  Args:
+    apply, params: the float model.
+    plan: says which operands have static quantizers.
+    batches: re-iterable calibration batches.
+
+  Raises:
+    ValueError: no batches, a batch of another shape, or values that are not
+      finite (site and batch named).
+  """
+  static = plan.static
+  if not static:
+    return {}
+  extremes = _stream(
+    rewrites.observe(apply, Extremes(static)), params, batches,
+    Extremes(static), watch=True,
+  )
+  searched = {
+    site: {r: q for r, q in roles.items() if _needs_counts(q)}
+    for site, roles in static.items()
+  }
+  searched = {k: v for k, v in searched.items() if v}
+  counts: dict[str, Any] = {}
+  if searched:
+    state = {k: {r: extremes[k][r] for r in v} for k, v in searched.items()}
+    counts = _stream(
+      rewrites.observe(apply, Histogram(searched)),
+      {'weights': params, 'sites': state}, batches, Histogram(searched),
+    )
+  return {
+    site: {
+      role: _fit(q, extremes[site][role], counts.get(site, {}).get(role))
+      for role, q in roles.items()
+    }
+    for site, roles in static.items()
+  }
+
+
+def _stream(observed, variables, batches, monoid, watch=False):
+  """Merges the statistics of all batches; one jitted call a batch."""
+  run = jax.jit(lambda v, args: observed(v, *args)[1])
+  merge = jax.jit(
+    lambda a, b: {k: monoid.merge(None, a[k], b[k]) for k in a}
+  )
+  total = None
+  for index, args in enumerate(checked(batches)):
+    stats = run(variables, args)
+    if watch:
+      _refuse_nonfinite(stats, index)
+    total = stats if total is None else merge(total, stats)
+  return total
+
+
+def _refuse_nonfinite(stats, index):
+  for site, roles in jax.device_get(stats).items():
+    for role, found in roles.items():
+      if not all(np.isfinite(v).all() for v in found.values()):
+        raise ValueError(
+          f'calibration batch {index} gives values that are not finite (NaN '
+          f'or infinity) in the {role} of site {site!r}; remove the batch, or '
+          'leave the site in float'
+        )
+
+
+def _needs_counts(q: Quantizer) -> bool:
+  return isinstance(q.scale, scales.mse | scales.percentile)
+
+
+def _fit(q: Quantizer, extremes: Any, counts: Any) -> dict[str, jax.Array]:
+  """Quantizer parameters from statistics, any loop axes in front."""
+  lo, hi = extremes['lo'], extremes['hi']
+  if counts is not None:
+    flat = jax.vmap(lambda a, b, c: _search(q, a, b, c))
+    shape = lo.shape
+    lo, hi = flat(
+      lo.reshape(-1), hi.reshape(-1), counts.reshape(-1, BINS)
+    )
+    lo, hi = lo.reshape(shape), hi.reshape(shape)
+  found = core.fit_range(lo[..., None, None], hi[..., None, None], q)
+  return {k: v for k, v in found._asdict().items() if v is not None}
+
+
+def _search(q: Quantizer, lo, hi, counts):
+  """Range of one activation by its rule, from a histogram."""
+  edges = lo + (hi - lo) * jnp.linspace(0, 1, BINS + 1)
+  centres = (edges[:-1] + edges[1:]) / 2
+  if isinstance(q.scale, scales.percentile):
+    return _percentile(q, centres, counts)
+  plain = dataclasses.replace(q, scale=_full_range(q), static=False)
+
+  def error(ratio):
+    qp = core.fit_range(
+      (lo * ratio)[None, None], (hi * ratio)[None, None], plain
+    )
+    x_hat = core.fake_quantize(centres[None], plain, qp, axis=-1)[0]
+    return jnp.sum(counts * jnp.abs(x_hat - centres) ** q.scale.p)
+
+  ratios = jnp.asarray(q.scale.ratios())
+  best = ratios[jnp.argmin(jax.lax.map(error, ratios))]
+  return lo * best, hi * best
+
+
+def _full_range(q: Quantizer):
+  return scales.absmax() if q.symmetric else scales.minmax()
+
+
+def _percentile(q, centres, counts):
+  p = q.scale.p / 100
+  if q.symmetric:
+    order = jnp.argsort(jnp.abs(centres))
+    share = jnp.cumsum(counts[order]) / jnp.sum(counts)
+    hi = jnp.abs(centres)[order][jnp.argmax(share >= p)]
+    return -hi, hi
+  share = jnp.cumsum(counts) / jnp.sum(counts)
+  hi = centres[jnp.argmax(share >= p)]
+  lo = centres[jnp.argmax(share >= 1 - p)]
+  return jnp.minimum(lo, 0), jnp.maximum(hi, 0)

@@ -1,0 +1,113 @@
+"""Quantizing the operands of a product: simulated, or as integer codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quantlab import core
+from quantlab.core import QParams, Quantizer
+from quantlab.ops.dims import Dims
+
+
+def _flat(x: jax.Array) -> jax.Array:
+  """A tensor as one row: a per-tensor scale needs no roles of axes."""
+  return x.reshape(1, -1)
+
+
+def units(
+  x: jax.Array, quantizer: Quantizer, dims: Dims, role: str
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+  """The operand as (loops..., rows, contraction), and the way back."""
+  if quantizer.per == 'tensor':
+    return _flat(x), lambda y: y.reshape(x.shape)
+  if role == 'output':
+    rows = x.reshape(-1, x.shape[-1])
+    return rows, lambda y: y.reshape(x.shape)
+  if role == 'rhs':  # of two activations: (batch..., K, N)
+    matrix = dims.w_matrix(x).swapaxes(-1, -2)
+    return matrix, lambda y: dims.w_restore(y.swapaxes(-1, -2), x.shape)
+  return dims.x_matrix(x), lambda y: dims.x_restore(y, x.shape)
+
+
+def fake_quantize_activation(
+  x: jax.Array,
+  quantizer: Quantizer,
+  dims: Dims,
+  role: str,
+  qparams: QParams | None = None,
+  bits: jax.Array | None = None,
+) -> jax.Array:
+  """Simulates a quantized operand; shape and dtype are kept.
+
+  Args:
+    x: the operand, in the axes of the traced product.
+    quantizer: its quantizer.
+    dims: roles of the product's axes.
+    role: 'input', 'lhs', 'rhs' or 'output'.
+    qparams: calibrated parameters, for a static quantizer.
+    bits: traced bit-width, instead of the quantizer's own.
+  """
+  matrix, restore = units(x, quantizer, dims, role)
+  out = core.fake_quantize(matrix, quantizer, qparams, axis=-1, bits=bits)
+  return restore(out)
+
+
+def fake_quantize_weight(
+  w: jax.Array,
+  quantizer: Quantizer,
+  dims: Dims,
+  bits: jax.Array | None = None,
+) -> jax.Array:
+  """Simulates a quantized weight operand; shape and dtype are kept."""
+  out = core.fake_quantize(dims.w_matrix(w), quantizer, axis=-2, bits=bits)
+  return dims.w_restore(out, w.shape)
+
+
+class IntegerRows(NamedTuple):
+  """An activation as integers: x = (codes - zero) * scale.
+
+  Attributes:
+    codes: int8, (batch..., M, K).
+    scale: float32, broadcastable to (batch..., M, 1).
+    zero: int32 of the scale's shape, or None.
+  """
+
+  codes: jax.Array
+  scale: jax.Array
+  zero: jax.Array | None
+
+
+def integer_rows(
+  x: jax.Array,
+  quantizer: Quantizer,
+  matrix: jax.Array,
+  qparams: QParams | None = None,
+) -> IntegerRows:
+  """Integer codes of `matrix`, the operand x as (batch..., M, K)."""
+  if qparams is None:
+    source = _flat(x) if quantizer.per == 'tensor' else matrix
+    qparams = core.fit(source, quantizer, axis=-1)
+  codes = core.encode(matrix, quantizer, qparams, axis=-1)
+  zero = qparams.zero_point
+  return IntegerRows(
+    quantizer.format.to_int8(codes),
+    qparams.scale,
+    None if zero is None else zero.astype(jnp.int32),
+  )
+
+
+def abstract_range(
+  quantizer: Quantizer, loops: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a static per-tensor quantizer's parameters, loops in front."""
+  bound = jax.ShapeDtypeStruct((*loops, 1, 1), jnp.float32)
+  made = jax.eval_shape(
+    lambda lo, hi: core.fit_range(lo, hi, quantizer), bound, bound
+  )
+  return {k: v for k, v in made._asdict().items() if v is not None}
+
+

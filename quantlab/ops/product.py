@@ -1,0 +1,208 @@
+"""Products with quantized operands, and which way each is computed.
+
+The ways:
+  int8      integer codes of both operands, int32 accumulation (per token or
+            per tensor x per channel or per tensor);
+  int8 groups  the same with a float sum over groups of the contraction;
+  weight only  dequantized weight, float product;
+  simulated    dequantized operands, float product: formats without an integer
+               product here, or granularities that cannot be taken out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import quantlab_kernels as kernels
+from jax import lax
+
+from quantlab.core import QParams, QTensor, Quantizer
+from quantlab.ops import activation
+
+
+def route(kind: str, quantizers: Mapping[str, Quantizer]) -> str:
+  """How a site with these quantizers is computed."""
+  if kind == 'gather':
+    return 'lookup'
+  weight = quantizers.get('weight', quantizers.get('rhs'))
+  given = quantizers.get('input', quantizers.get('lhs'))
+  if given is None:
+    return 'weight only' if 'weight' in quantizers else 'simulated'
+  if weight is None or kind == 'ragged_dot':
+    return 'simulated'
+  if not (_integer(weight) and _integer(given)):
+    return 'simulated'
+  if given.per not in ('tensor', 'token'):
+    return 'simulated'
+  if weight.per in ('channel', 'tensor', 'token'):
+    return 'int8'
+  grouped = weight.group is not None and kind == 'dot'
+  return 'int8 groups' if grouped else 'simulated'
+
+
+def _integer(q: Quantizer) -> bool:
+  return q.format.is_integer and q.format.bits <= 8 and q.format.signed
+
+
+def product(
+  site: Any,
+  lhs: Any,
+  rhs: Any,
+  quantizer: Quantizer | None,
+  qparams: QParams | None,
+  default: Callable,
+) -> jax.Array:
+  """The product of a site with a weight, a QTensor or a dense array.
+
+  Args:
+    site: kind, side, dims, out_dtype of the contraction.
+    lhs, rhs: operands, in the order of the traced product.
+    quantizer: of the activation, or None.
+    qparams: calibrated parameters of a static quantizer.
+    default: the traced product on dense operands.
+  """
+  x, w = (lhs, rhs) if site.side == 'rhs' else (rhs, lhs)
+  way = 'float'
+  if isinstance(w, QTensor):
+    roles = {'weight': w.quantizer}
+    roles |= {} if quantizer is None else {'input': quantizer}
+    way = route(site.kind, roles)
+    if way.startswith('int8') and _aligned(site, w):
+      if site.kind == 'conv':
+        return _int8_conv(site, x, w, quantizer, qparams)
+      return _int8_dot(site, x, w, quantizer, qparams, way)
+    w = w.dequantize()
+  if quantizer is not None:
+    x = activation.fake_quantize_activation(
+      x, quantizer, site.dims, 'input', qparams
+    )
+  return default(x, w) if site.side == 'rhs' else default(w, x)
+
+
+def _aligned(site, w: QTensor) -> bool:
+  """Whether the codes lie as this product contracts them.
+
+  Not so where a tied parameter is contracted along other axes than those its
+  scales follow; the plan notes it.
+  """
+  dims = site.dims
+  loops = w.ndim - len(w.layout.k_shape) - len(w.layout.n_shape)
+  want = [*dims.w_batch, *dims.w_contract, *dims.w_free]
+  position = w.layout.full(loops)
+  have = sorted(range(w.ndim), key=lambda axis: position[axis])
+  return have == want and loops == len(dims.w_batch)
+
+
+def _int8_dot(site, x, w, quantizer, qparams, way):
+  dims = site.dims
+  rows = activation.integer_rows(x, quantizer, dims.x_matrix(x), qparams)
+  found = w.qparams
+  codes = w.quantizer.format.to_int8(w.unpack())
+  zero = found.zero_point
+  zero = None if zero is None else zero.astype(jnp.int32)
+  if way == 'int8':
+    out = kernels.int8_matmul(
+      rows.codes,
+      codes,
+      x_scale=rows.scale,
+      w_scale=found.scale,
+      x_zero=rows.zero,
+      w_zero=zero,
+      out_dtype=jnp.dtype(site.out_dtype),
+    )
+  else:
+    out = kernels.grouped_int8_matmul(
+      rows.codes,
+      codes,
+      x_scale=rows.scale,
+      w_scale=found.scale,
+      group=w.quantizer.group,
+      x_zero=rows.zero,
+      w_zero=zero,
+      out_dtype=jnp.dtype(site.out_dtype),
+    )
+  return dims.out_restore(out, x.shape, w.shape)
+
+
+def _int8_conv(site, x, w, quantizer, qparams):
+  dims = site.dims
+  rows = activation.integer_rows(x, quantizer, dims.x_matrix(x), qparams)
+  found = w.qparams
+  fmt = w.quantizer.format
+  kernel = dims.w_restore(fmt.to_int8(w.unpack()), w.shape)
+  strides, padding, lhs_dilation, rhs_dilation = dims.window
+  return kernels.int8_conv(
+    dims.x_restore(rows.codes, x.shape),
+    kernel,
+    x_scale=_per_image(rows.scale, dims, x.ndim),
+    w_scale=_per_output(found.scale, dims, x.ndim),
+    x_zero=None if rows.zero is None else _per_image(rows.zero, dims, x.ndim),
+    w_zero=None
+    if found.zero_point is None
+    else _per_output(found.zero_point.astype(jnp.int32), dims, x.ndim),
+    window_strides=strides,
+    padding=padding,
+    lhs_dilation=lhs_dilation,
+    rhs_dilation=rhs_dilation,
+    dimension_numbers=lax.ConvDimensionNumbers(
+      dims.lhs_spec, dims.rhs_spec, dims.out_spec
+    ),
+    feature_group_count=dims.groups,
+    out_dtype=jnp.dtype(site.out_dtype),
+  )
+
+
+def _per_image(p, dims, ndim):
+  """(M or 1, 1) parameters as they broadcast against the result."""
+  shape = [1] * ndim
+  shape[dims.out_spec[0]] = p.shape[-2]
+  return p.reshape(shape)
+
+
+def _per_output(p, dims, ndim):
+  """(1, N or 1) parameters as they broadcast against the result."""
+  shape = [1] * ndim
+  shape[dims.out_spec[1]] = p.shape[-1]
+  return p.reshape(shape)
+
+
+def activation_product(
+  site: Any,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  rule: Any,
+  qparams: Mapping[str, QParams | None],
+  default: Callable,
+) -> jax.Array:
+  """A product of two activations with quantized operands."""
+  way = route(site.kind, rule.quantizers)
+  if way == 'int8' and site.kind == 'dot':
+    dims = site.dims
+    left = activation.integer_rows(
+      lhs, rule.lhs, dims.x_matrix(lhs), qparams.get('lhs')
+    )
+    right = activation.integer_rows(
+      rhs, rule.rhs, dims.w_matrix(rhs).swapaxes(-1, -2), qparams.get('rhs')
+    )
+    zero = right.zero
+    out = kernels.int8_matmul(
+      left.codes,
+      right.codes.swapaxes(-1, -2),
+      x_scale=left.scale,
+      w_scale=right.scale.swapaxes(-1, -2),
+      x_zero=left.zero,
+      w_zero=None if zero is None else zero.swapaxes(-1, -2),
+      out_dtype=jnp.dtype(site.out_dtype),
+    )
+    return dims.out_restore(out, lhs.shape, rhs.shape)
+  values = {'lhs': lhs, 'rhs': rhs}
+  for role in ('lhs', 'rhs'):
+    q = getattr(rule, role)
+    if q is not None:
+      values[role] = activation.fake_quantize_activation(
+        values[role], q, site.dims, role, qparams.get(role)
+      )
+  return default(values['lhs'], values['rhs'])
