@@ -1,12 +1,12 @@
 """Products with quantized operands, and which way each is computed.
 
 The ways:
-  int8      integer codes of both operands, int32 accumulation (per token or
-            per tensor x per channel or per tensor);
-  int8 groups  the same with a float sum over groups of the contraction;
+  int8         integer codes of both operands, int32 accumulation; over groups
+               or blocks of the contraction a float32 sum of int32 sums;
   weight only  dequantized weight, float product;
-  simulated    dequantized operands, float product: formats without an integer
-               product here, or granularities that cannot be taken out of it.
+  simulated    dequantized operands, float product: formats that have no
+               integer product, or scales that cannot be taken out of one;
+  lookup       rows of an embedding, decoded one by one.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ def route(kind: str, quantizers: Mapping[str, Quantizer]) -> str:
     return 'simulated'
   if not (_integer(weight) and _integer(given)):
     return 'simulated'
+  if given.group is not None:
+    aligned = weight.group == given.group
+    return 'int8' if aligned and kind == 'dot' else 'simulated'
   if given.per not in ('tensor', 'token'):
     return 'simulated'
-  if weight.per in ('channel', 'tensor', 'token'):
-    return 'int8'
-  grouped = weight.group is not None and kind == 'dot'
-  return 'int8 groups' if grouped else 'simulated'
+  whole = weight.per in ('channel', 'tensor', 'token')
+  return 'int8' if whole or kind == 'dot' and 'lhs' not in quantizers else (
+    'simulated'
+  )
 
 
 def _integer(q: Quantizer) -> bool:
-  return q.format.is_integer and q.format.bits <= 8 and q.format.signed
+  return q.format.is_integer and q.format.bits <= 8 and q.format.max <= 127
 
 
 def product(
@@ -70,10 +73,9 @@ def product(
     roles = {'weight': w.quantizer}
     roles |= {} if quantizer is None else {'input': quantizer}
     way = route(site.kind, roles)
-    if way.startswith('int8') and _aligned(site, w):
-      if site.kind == 'conv':
-        return _int8_conv(site, x, w, quantizer, qparams)
-      return _int8_dot(site, x, w, quantizer, qparams, way)
+    if way == 'int8' and _aligned(site, w):
+      integer = _int8_conv if site.kind == 'conv' else _int8_dot
+      return integer(site, x, w, quantizer, qparams)
     w = w.dequantize()
   if quantizer is not None:
     x = activation.fake_quantize_activation(
@@ -96,33 +98,35 @@ def _aligned(site, w: QTensor) -> bool:
   return have == want and loops == len(dims.w_batch)
 
 
-def _int8_dot(site, x, w, quantizer, qparams, way):
-  dims = site.dims
+def _int8_dot(site, x, w, quantizer, qparams):
+  dims, q = site.dims, w.quantizer
   rows = activation.integer_rows(x, quantizer, dims.x_matrix(x), qparams)
   found = w.qparams
-  codes = w.quantizer.format.to_int8(w.unpack())
   zero = found.zero_point
+  options = {
+    'x_scale': rows.scale,
+    'x_zero': rows.zero,
+    'out_dtype': jnp.dtype(site.out_dtype),
+  }
   zero = None if zero is None else zero.astype(jnp.int32)
-  if way == 'int8':
+  if q.format.bits == 8 and q.per is not None and q.format.signed:
     out = kernels.int8_matmul(
       rows.codes,
-      codes,
-      x_scale=rows.scale,
+      q.format.to_int8(w.unpack()),
       w_scale=found.scale,
-      x_zero=rows.zero,
       w_zero=zero,
-      out_dtype=jnp.dtype(site.out_dtype),
+      **options,
     )
   else:
-    out = kernels.grouped_int8_matmul(
+    out = kernels.w4a8_matmul(
       rows.codes,
-      codes,
-      x_scale=rows.scale,
-      w_scale=found.scale,
-      group=w.quantizer.group,
-      x_zero=rows.zero,
-      w_zero=zero,
-      out_dtype=jnp.dtype(site.out_dtype),
+      w.codes,
+      found.scale,
+      bits=q.format.bits,
+      group=q.group if q.block is None else q.block[0],
+      zero_point=zero,
+      signed=q.format.signed,
+      **options,
     )
   return dims.out_restore(out, x.shape, w.shape)
 
