@@ -32,7 +32,7 @@ class Batches:
     batch_size: int,
     *,
     fields: Sequence[str] | None = None,
-    preprocess: Callable[..., Batch] | None = None,
+    preprocess: Callable[..., Any] | None = None,
     shuffle: bool = False,
     seed: int = 0,
     drop_remainder: bool = False,
@@ -45,7 +45,7 @@ class Batches:
         records (`len`, `[i]` -> dict), as tensorflow-datasets gives.
       batch_size: examples a batch, at least 1.
       fields: the record fields that make up a batch, for a data source.
-      preprocess: `(*arrays) -> tuple of arrays` on a whole batch.
+      preprocess: `(*arrays) -> array or tuple of arrays`, on a whole batch.
       shuffle: whether to permute the examples, once, by `seed`.
       seed: of the permutation.
       drop_remainder: whether to leave out a shorter last batch.
@@ -94,7 +94,12 @@ class Batches:
   def __iter__(self) -> Iterator[Batch]:
     if isinstance(self._rows, _Arrays):
       return (self[i] for i in range(len(self)))
-    return iter(self.grain().to_iter_dataset())
+    import grain
+
+    # Reading goes on while a batch is worked on. An element is a whole batch,
+    # so grain's default of hundreds in flight would be too many.
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(self.grain().to_iter_dataset(ahead))
 
   def grain(self):
     """These batches as a `grain.MapDataset`, to map, prefetch or checkpoint."""
@@ -139,7 +144,15 @@ class _Records:
       records = self.source.__getitems__(positions)
     else:
       records = [self.source[i] for i in positions]
-    return tuple(np.stack([r[name] for r in records]) for name in self.fields)
+    return tuple(
+      np.asarray([record[name] for record in records], self._dtype(name))
+      for name in self.fields
+    )
+
+  def _dtype(self, name: str) -> np.dtype | None:
+    """The stored dtype: a tfds source gives scalars as Python numbers."""
+    info = getattr(self.source, 'dataset_info', None)
+    return info.features[name].np_dtype if info is not None else None
 
 
 def _rows(data: Any, fields: Sequence[str] | None) -> _Arrays | _Records:
