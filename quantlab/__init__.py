@@ -40,11 +40,14 @@ from quantlab.plan import plan as plan
 from quantlab.ptq import Quantized as Quantized
 from quantlab.ptq import ptq as ptq
 from quantlab.ptq import rtn as rtn
+from quantlab.quality import compare as compare
+from quantlab.quality import evaluate as evaluate
 from quantlab.recipe import optional as optional
 from quantlab.recipe import recipe as recipe
 from quantlab.recipe import rule as rule
 from quantlab.rewrites import fake_quantized as fake_quantized
 from quantlab.rewrites import observe as observe
 from quantlab.rewrites import quantized as quantized
+from quantlab.sqnr import site_sqnr as site_sqnr
 
 __all__ = [name for name in dir() if not name.startswith('_')]

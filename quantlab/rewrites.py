@@ -231,7 +231,10 @@ def fake_quantized(apply: Callable, plan: Plan) -> Callable:
 
 
 def observe(
-  apply: Callable, observer: Observer, plan: Plan | None = None
+  apply: Callable,
+  observer: Observer,
+  plan: Plan | None = None,
+  mapped: frozenset[str] = frozenset(),
 ) -> Callable:
   """`apply` that also returns statistics keyed by site.
 
@@ -242,6 +245,8 @@ def observe(
     apply: the user's function.
     observer: what to measure; see `Observer`.
     plan: observe the quantized program instead of the float one.
+    mapped: sites whose following affine map (BatchNorm) is to be measured:
+      their statistics hold it under 'scale' and 'shift'.
 
   Returns:
     A function of `(variables, *args, **kwargs)` that returns
@@ -262,7 +267,7 @@ def observe(
     evaluator = rewrite.Evaluator(
       traced.program, traced.analysis, leaves, traced.paths,
       traced.constant_leaf, chosen, observing(observer, inner), observer,
-      folded=plan.folded if plan else frozenset(),
+      folded=plan.folded if plan else frozenset(), mapped=mapped,
     )
     outs, stats = evaluator.run(inputs, state)
     return jax.tree.unflatten(traced.program.out_tree, outs), stats
@@ -322,8 +327,7 @@ class _Weights:
     return stat
 
   def _map(self, site):
-    [axis] = site.dims.w_free
-    scale, shift = folds.identity(site.weight_shape[axis], site.dtype)
+    scale, shift = folds.identity(site.out, site.fold.axis, site.dtype)
     return {'scale': scale, 'shift': shift}
 
   def update(self, site, stat, lhs, rhs, out, state):
@@ -356,18 +360,17 @@ def effective_weights(
   sites = {s.id: s for s in traced.analysis.sites}
   found = {}
   for name, stat in stats.items():
+    weight = stat['weight']
+    found[name] = {'weight': weight}
     if 'scale' in stat:
-      loops = len(sites[name].weight_loops)
-      [axis] = sites[name].dims.w_free
-      scale = stat['scale']
-      shape = [*scale.shape[:loops], *[1] * (stat['weight'].ndim - loops)]
-      shape[loops + axis] = scale.shape[-1]
-      weight = stat['weight'] * scale.reshape(shape).astype(
-        stat['weight'].dtype
-      )
-      found[name] = {'weight': weight, 'shift': stat['shift']}
-    else:
-      found[name] = {'weight': stat['weight']}
+      site = sites[name]
+      loops = weight.shape[: len(site.weight_loops)]
+      [axis] = site.dims.w_free
+      shape = [1] * len(site.weight_shape)
+      shape[axis] = -1
+      scale = stat['scale'].reshape(*loops, *shape).astype(weight.dtype)
+      shift = stat['shift'].reshape(*loops, -1)
+      found[name] = {'weight': weight * scale, 'shift': shift}
   return found
 
 

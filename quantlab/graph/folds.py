@@ -10,10 +10,9 @@ map; folding skips them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from quantlab.graph import _jaxpr
@@ -120,13 +119,14 @@ def _per_channel(atom, made, axis) -> bool:
 
 
 def step(eqn: Any, left_is_chain: bool, other: Any, axis: int, ab: Any) -> Any:
-  """Updates (a, b) of `y * a + b` by one equation of the chain."""
+  """Updates (a, b) of `y * a + b` by one equation of the chain.
+
+  a and b have the product's rank, of length one but on the channel axis.
+  """
   a, b = ab
   p = jnp.asarray(other)
   if p.ndim:
-    index = [0] * p.ndim
-    index[axis] = slice(None)  # type: ignore[call-overload]
-    p = p[tuple(index)]
+    p = p[tuple(slice(None if i == axis else 1) for i in range(p.ndim))]
   p = p.astype(a.dtype)
   name = eqn.primitive.name
   if name == 'mul':
@@ -138,5 +138,7 @@ def step(eqn: Any, left_is_chain: bool, other: Any, axis: int, ab: Any) -> Any:
   return (a, b - p) if left_is_chain else (-a, p - b)
 
 
-def identity(channels: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  return jnp.ones((channels,), dtype), jnp.zeros((channels,), dtype)
+def identity(out: Sequence[int], axis: int, dtype: Any) -> Any:
+  """The map `y * 1 + 0` of a product of shape `out`."""
+  shape = [n if i == axis else 1 for i, n in enumerate(out)]
+  return jnp.ones(shape, dtype), jnp.zeros(shape, dtype)
