@@ -80,7 +80,7 @@ def _fit(x, bits, *, quantizer: Quantizer, axis: int) -> QParams:
   x = units.split(x.astype(jnp.float32))
   # Unsigned codes without zero point hold no negative value: it is clipped.
   seen = jnp.maximum(x, 0) if q.symmetric and not grid.signed else x
-  lo, hi = rule.range(seen, units, q.symmetric)  # type: ignore[union-attr]
+  lo, hi = rule.range(seen, units, q.symmetric)
   params = from_range(lo, hi, q, limits)
   if isinstance(rule, scales.mse):
     best = _search(x, lo, hi, params.scale2, units, q, limits, rule)

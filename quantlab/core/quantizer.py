@@ -57,7 +57,7 @@ class Quantizer:
   block: tuple[int, int] | None = None
   symmetric: bool = True
   narrow: bool = False
-  scale: scales.Rule | None = None
+  scale: scales.Rule = None  # type: ignore[assignment]  # see __post_init__
   scale_format: str = 'float32'
   exponent: str = 'ceil'
   ragged: bool = False
@@ -128,7 +128,7 @@ class Quantizer:
           f'{fmt.name} has no zero point: symmetric=False needs an integer '
           'format'
         )
-      if not self.scale.sided:  # type: ignore[union-attr]
+      if not self.scale.sided:
         raise ValueError(
           f'{self.scale!r} ignores the sign; symmetric=False needs minmax(), '
           'percentile() or mse()'
@@ -138,7 +138,7 @@ class Quantizer:
         f'narrow=True needs a symmetric signed integer format, found {fmt.name}'
         f' with symmetric={self.symmetric}'
       )
-    if self.scale.direct and fmt.max != 1:  # type: ignore[union-attr]
+    if self.scale.direct and fmt.max != 1:
       raise ValueError(
         f'{self.scale!r} sets the scale of ternary() and binary() itself; '
         f'{fmt.name} needs a range: absmax(), percentile() or mse()'
@@ -212,7 +212,7 @@ class Quantizer:
     """The quantizer as plain JSON values, every field spelled out."""
     data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     data['format'] = formats.get(self.format.name).name
-    data['scale'] = self.scale.to_json()  # type: ignore[union-attr]
+    data['scale'] = self.scale.to_json()
     data['block'] = self.block and list(self.block)
     return data
 

@@ -63,6 +63,8 @@ class Codebook(base.Format):
       entries = jnp.asarray(self._entries())
       return entries.at[codes.astype(jnp.int32)].get(mode='clip')
 
+    table = jnp.asarray(table)
+
     def pick(j, value):
       return jnp.where(codes == j.astype(codes.dtype), table[j], value)
 
@@ -152,7 +154,8 @@ def pow2(bits: int = 4) -> minifloat.Minifloat:
   """Signed powers of two and zero: {0, +-2^-(2^(b-1) - 2), .., +-1/2, +-1}.
 
   A minifloat without mantissa: the sign bit, then 0 for zero or the exponent
-  counted up to 1. The code of -0 is the one left over.
+  counted up to 1. The code of -0 is the one left over. A value halfway
+  between two powers goes to the larger one.
 
   References:
     Additive powers of two, arXiv 1909.13144, equation 3.
