@@ -159,6 +159,18 @@ def _subs(eqn: Any) -> list[Any]:
   return found
 
 
+def contains(eqn: Any, name: str) -> bool:
+  """Whether an equation is, or holds at any depth, a primitive."""
+  if eqn.primitive.name == name:
+    return True
+  return any(contains(e, name) for jaxpr in _subs(eqn) for e in jaxpr.eqns)
+
+
+def has_effects(eqn: Any) -> bool:
+  """Whether an equation does more than compute (prints, callbacks)."""
+  return bool(eqn.effects)
+
+
 def scan_counts(eqn: Any) -> tuple[int, int]:
   """(number of constants, number of carries) of a scan equation."""
   if 'num_consts' in eqn.params:
@@ -194,6 +206,21 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
   with eqn_context(eqn):
     out = eqn.primitive.bind(*args, **params)
   return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def evaluate(program: Program, args: Sequence[Any]) -> list[Any]:
+  """Evaluates a program exactly as it was traced; a flat list of results."""
+  jaxpr = program.jaxpr
+  env = dict(zip(jaxpr.constvars, program.consts, strict=True))
+  env.update(zip(jaxpr.invars, args, strict=True))
+
+  def read(atom):
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+  for eqn in jaxpr.eqns:
+    outs = bind(eqn, [read(a) for a in eqn.invars])
+    env.update(zip(eqn.outvars, outs, strict=True))
+  return [read(a) for a in jaxpr.outvars]
 
 
 def call(eqn: Any, body: Callable, args: Any) -> Any:
