@@ -6,7 +6,6 @@ Operations: `quantize_activation`, `int8_matmul`, `w4a8_matmul`,
 would run, and why. Storage: `pack`, `unpack`, `packed_rows`.
 """
 
-from quantlab_kernels.division import divide as divide
 from quantlab_kernels.int8_conv import int8_conv as int8_conv
 from quantlab_kernels.int8_matmul import int8_matmul as int8_matmul
 from quantlab_kernels.packing import pack as pack

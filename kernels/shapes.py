@@ -126,7 +126,10 @@ def as_zero(name: str, z: jax.Array | None) -> Int[Array, '...'] | None:
   if z is None:
     return None
   if not jnp.issubdtype(z.dtype, jnp.integer):
-    raise TypeError(f'{name} must be an integer array, found {z.dtype}')
+    raise TypeError(
+      f'{name} must be an integer array, found {z.dtype}; integers kept as '
+      'floats need .astype(jnp.int32)'
+    )
   return z.astype(jnp.int32)
 
 

@@ -28,9 +28,9 @@ def quantize_activation(
     asymmetric: s = (max(x, 0) - min(x, 0)) / (2^bits - 1),
                 z = qmin + round(-min(x, 0) / s),   q = clip(round(x / s) + z)
 
-  in float32, ties to even, clipped to [-2^(bits-1), 2^(bits-1) - 1], without
-  the lowest code when `narrow`. Zero is represented exactly. A unit of zeros
-  has scale 1.
+  in float32, with x / s as x (1 / s), ties to even, clipped to
+  [-2^(bits-1), 2^(bits-1) - 1], without the lowest code when `narrow`. Zero is
+  represented exactly. A unit of zeros has scale 1.
 
   Args:
     x: floating activations, shape (..., K), or (..., M, K).

@@ -1,9 +1,18 @@
-"""The definition of quantize_activation."""
+"""The definition of quantize_activation.
+
+A division by a scale is a multiplication by its float32 reciprocal: XLA makes
+that change by itself wherever the divisor is broadcast (one quotient in four
+is then a unit in the last place off), and codes would depend on what
+surrounds them: eager, jit, or NumPy.
+"""
 
 import jax.numpy as jnp
+import numpy as np
 
-from quantlab_kernels.division import divide
 from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
+
+# Smallest normal float32: XLA may flush what lies below to zero.
+TINY = np.float32(2.0**-126)
 
 
 def route(x, scale, zero_point, **options) -> str:
@@ -19,17 +28,16 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
   qmax = 2 ** (bits - 1) - 1
   qmin = -qmax if narrow else -qmax - 1
   if scale is None and symmetric:
-    scale = _nonzero(divide(_largest(x, axes), qmax))
+    scale = _scale(_largest(x, axes), qmax)
   elif scale is None:
     low = jnp.min(x, axes, keepdims=True, initial=0.0)
     high = jnp.max(x, axes, keepdims=True, initial=0.0)
-    scale = _nonzero(divide(high - low, qmax - qmin))
-    zero_point = jnp.clip(qmin + jnp.round(divide(-low, scale)), qmin, qmax)
-    zero_point = jnp.nan_to_num(zero_point).astype(jnp.int32)
+    scale = _scale(high - low, qmax - qmin)
+    z = jnp.clip(jnp.round(-low * (1 / scale)) + qmin, qmin, qmax)
+    zero_point = jnp.nan_to_num(z).astype(jnp.int32)
   else:
-    finite = jnp.isfinite(_largest(x, axes))
-    scale = jnp.where(finite, scale, jnp.nan)
-  q = jnp.round(divide(x, scale))
+    scale = jnp.where(jnp.isfinite(_largest(x, axes)), scale, jnp.nan)
+  q = jnp.round(x * (1 / scale))
   q = q if zero_point is None else q + zero_point
   # NaN has no code: its unit is marked by the scale, the code is arbitrary.
   q = jnp.where(jnp.isnan(q), 0.0, jnp.clip(q, qmin, qmax))
@@ -40,6 +48,7 @@ def _largest(x, axes):
   return jnp.max(jnp.abs(x), axes, keepdims=True, initial=0.0)
 
 
-def _nonzero(scale):
-  """A unit of zeros, or too small for float32, has scale 1 and codes 0."""
-  return jnp.where(scale == 0, 1.0, scale)
+def _scale(span, levels):
+  """The scale that maps `span` onto `levels`; 1 for a unit of zeros."""
+  s = jnp.maximum(span * (np.float32(1) / np.float32(levels)), TINY)
+  return jnp.where(span == 0, jnp.float32(1), s)

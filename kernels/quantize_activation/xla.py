@@ -1,8 +1,8 @@
 """quantize_activation through XLA: the definition, which fuses well.
 
 A reduction and an elementwise pass are what XLA makes of it, near the cost of
-reading x twice (4096 x 1024 float32 on XLA:CPU: 0.9 ms, of which the
-correctly rounded division costs nothing measurable).
+reading x twice (4096 x 1024 float32 on XLA:CPU, 2 cores: 0.8 ms measured,
+0.7 ms given).
 """
 
 from quantlab_kernels.quantize_activation.reference import (
