@@ -1,7 +1,6 @@
 """Quantization of JAX programs: `import quantlab as ql`."""
 
 import quantlab_kernels as kernels
-
 from quantlab.core import QTensor as QTensor
 from quantlab.core import Quantizer as Quantizer
 from quantlab.core import scales as scales
@@ -36,7 +35,7 @@ from quantlab.core.presets import uint6 as uint6
 from quantlab.core.presets import uint7 as uint7
 from quantlab.core.presets import uint8 as uint8
 from quantlab.plan import Plan as Plan
-from quantlab.plan import plan as plan
+from quantlab.planner import plan as plan
 from quantlab.ptq import Quantized as Quantized
 from quantlab.ptq import ptq as ptq
 from quantlab.ptq import rtn as rtn

@@ -9,7 +9,6 @@ state is needed. All of them are one rewrite with different handlers.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from quantlab import ops
 from quantlab.core import QParams, QTensor
 from quantlab.graph import folds, rewrite, tracing
 from quantlab.graph.sites import Site
-from quantlab.graph.values import Dropped, LostError
+from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
 
 VARIABLES = frozenset({'weights', 'sites', 'effective'})
@@ -120,8 +119,11 @@ def deploying(plan: Plan | None) -> rewrite.Handler:
     if site.kind == 'gather' and isinstance(lhs, QTensor):
       out = ops.embed(lhs, rhs, site.dims)
     elif site.side is None and rule is not None:
-      given = {r: _need(site, r, q, state) for r, q in rule.quantizers.items()
-               if r in ('lhs', 'rhs')}
+      given = {
+        r: _need(site, r, q, state)
+        for r, q in rule.quantizers.items()
+        if r in ('lhs', 'rhs')
+      }
       out = ops.activation_product(site, lhs, rhs, rule, given, default)
     else:
       quantizer = rule.input if rule is not None else None
@@ -192,11 +194,15 @@ def quantized(
     traced, leaves, inputs, state = _trace(
       tracer, variables, args, kwargs, plan
     )
-    evaluator = _evaluator(
-      traced, leaves, plan, handler, strict=strict,
+    rewriter = evaluator(
+      traced,
+      leaves,
+      plan,
+      handler,
+      strict=strict,
       folded=plan.folded if plan else frozenset(),
     )
-    outs, _ = evaluator.run(inputs, state)
+    outs, _ = rewriter.run(inputs, state)
     return jax.tree.unflatten(traced.program.out_tree, outs)
 
   return run
@@ -223,8 +229,8 @@ def fake_quantized(apply: Callable, plan: Plan) -> Callable:
       tracer, variables, args, kwargs, plan
     )
     _refuse_codes(leaves, traced.paths)
-    evaluator = _evaluator(traced, leaves, plan, handler)
-    outs, _ = evaluator.run(inputs, state)
+    rewriter = evaluator(traced, leaves, plan, handler)
+    outs, _ = rewriter.run(inputs, state)
     return jax.tree.unflatten(traced.program.out_tree, outs)
 
   return run
@@ -264,12 +270,19 @@ def observe(
     )
     chosen = wanted | frozenset(plan.quantized if plan else ())
     inner = deploying(plan) if plan else None
-    evaluator = rewrite.Evaluator(
-      traced.program, traced.analysis, leaves, traced.paths,
-      traced.constant_leaf, chosen, observing(observer, inner), observer,
-      folded=plan.folded if plan else frozenset(), mapped=mapped,
+    rewriter = rewrite.Evaluator(
+      traced.program,
+      traced.analysis,
+      leaves,
+      traced.paths,
+      traced.constant_leaf,
+      chosen,
+      observing(observer, inner),
+      observer,
+      folded=plan.folded if plan else frozenset(),
+      mapped=mapped,
     )
-    outs, stats = evaluator.run(inputs, state)
+    outs, stats = rewriter.run(inputs, state)
     return jax.tree.unflatten(traced.program.out_tree, outs), stats
 
   return run
@@ -282,16 +295,24 @@ def _trace(tracer, variables, args, kwargs, plan):
     plan.check_known(traced.analysis)
     unknown = [k for k in state if k not in plan.sites]
     if unknown:
-      raise ValueError(f'state for unknown sites {unknown}; known: '
-                       f'{list(plan.sites)}')
+      raise ValueError(
+        f'state for unknown sites {unknown}; known: {list(plan.sites)}'
+      )
   return traced, leaves, inputs, state
 
 
-def _evaluator(traced, leaves, plan, handler, **options):
+def evaluator(traced, leaves, plan, handler, **options):
+  """An evaluator of the plan's quantized sites."""
   chosen = frozenset(plan.quantized) if plan is not None else frozenset()
   return rewrite.Evaluator(
-    traced.program, traced.analysis, leaves, traced.paths,
-    traced.constant_leaf, chosen, handler, **options
+    traced.program,
+    traced.analysis,
+    leaves,
+    traced.paths,
+    traced.constant_leaf,
+    chosen,
+    handler,
+    **options,
   )
 
 
@@ -352,9 +373,15 @@ def effective_weights(
     return {}
   observer = _Weights(plan)
   evaluate = rewrite.Evaluator(
-    traced.program, traced.analysis, leaves, traced.paths,
-    traced.constant_leaf, frozenset(plan.effective), observing(observer),
-    observer, mapped=plan.folded,
+    traced.program,
+    traced.analysis,
+    leaves,
+    traced.paths,
+    traced.constant_leaf,
+    frozenset(plan.effective),
+    observing(observer),
+    observer,
+    mapped=plan.folded,
   )
   _, stats = evaluate.run(inputs, {})
   sites = {s.id: s for s in traced.analysis.sites}
@@ -372,89 +399,3 @@ def effective_weights(
       shift = stat['shift'].reshape(*loops, -1)
       found[name] = {'weight': weight * scale, 'shift': shift}
   return found
-
-
-def settle(
-  traced: tracing.Traced,
-  leaves: Sequence[Any],
-  inputs: Sequence[Any],
-  plan: Plan,
-) -> Plan:
-  """Checks a plan by running it on shapes; decides what need not be stored.
-
-  Parameters that only effective weights use are dropped.
-  """
-  candidates = {
-    path
-    for site in plan.effective
-    for path in plan.sites[site].paths
-    if path not in plan.leaves
-  }
-  candidates |= _map_parameters(traced, plan)
-  while True:
-    try:
-      draft = dataclasses.replace(plan, dropped=tuple(sorted(candidates)))
-      variables = abstract_variables(traced, leaves, draft)
-      _check(traced, variables, inputs, draft)
-      return draft
-    except LostError as error:
-      if error.path not in candidates:
-        raise _planning_error(traced, error) from None
-      candidates.discard(error.path)
-
-
-def _planning_error(traced, error: LostError) -> ValueError:
-  uses = traced.analysis.other_uses.get(error.path, ())
-  also = f' It is also read by: {", ".join(uses)}.' if uses else ''
-  return ValueError(f'{error}{also}')
-
-
-def _map_parameters(traced, plan) -> set[str]:
-  """Parameters that folded maps are computed from."""
-  return {
-    traced.paths[i]
-    for site in traced.analysis.sites
-    if site.id in plan.folded
-    for i in site.fold.leaves
-  } - set(plan.leaves)
-
-
-def abstract_variables(
-  traced: tracing.Traced, leaves: Sequence[Any], plan: Plan
-) -> tuple[list[Any], dict[str, Any]]:
-  """(parameter leaves, state) of a plan as shapes."""
-  weights = [
-    plan.leaves[p].abstract()
-    if p in plan.leaves
-    else Dropped(tuple(leaf.shape), str(leaf.dtype))
-    if p in plan.dropped
-    else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    for p, leaf in zip(traced.paths, leaves, strict=True)
-  ]
-  state: dict[str, Any] = {}
-  sites = {s.id: s for s in traced.analysis.sites}
-  for name, storage in plan.effective.items():
-    state[name] = {'effective': storage.abstract()}
-    if name in plan.folded:
-      site = sites[name]
-      n = site.out[site.fold.axis]
-      shape = (*site.weight_loops, n)
-      state[name]['fold'] = {'shift': jax.ShapeDtypeStruct(shape, site.dtype)}
-  for name, roles in plan.static.items():
-    loops = sites[name].loops
-    for role, q in roles.items():
-      state.setdefault(name, {})[role] = ops.abstract_range(q, loops)
-  return weights, state
-
-
-def _check(traced, variables, inputs, plan):
-  weights, state = variables
-  handler = deploying(plan)
-
-  def run(weights, inputs, state):
-    evaluator = _evaluator(
-      traced, weights, plan, handler, folded=plan.folded
-    )
-    return evaluator.run(inputs, state)[0]
-
-  jax.eval_shape(run, weights, list(inputs), state)

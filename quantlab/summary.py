@@ -74,9 +74,18 @@ def memory(plan: Plan) -> dict[str, int]:
 def table(plan: Plan) -> rich.table.Table:
   """One row a site, in program order."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-  for name in ('site', 'kind', 'weight', 'format', 'input', 'computed', 'bytes'):
-    out.add_column(name, justify='right' if name == 'bytes' else 'left',
-                   overflow='fold')
+  for name in (
+    'site',
+    'kind',
+    'weight',
+    'format',
+    'input',
+    'computed',
+    'bytes',
+  ):
+    out.add_column(
+      name, justify='right' if name == 'bytes' else 'left', overflow='fold'
+    )
   sizes = stored_bytes(plan)
   for site in plan.sites.values():
     out.add_row(*_row(site, sizes))

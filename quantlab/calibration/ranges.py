@@ -9,6 +9,7 @@ reused layers merge exactly, and nothing of a batch is kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -113,8 +114,11 @@ def calibrate(
   if not static:
     return {}
   extremes = _stream(
-    rewrites.observe(apply, Extremes(static)), params, batches,
-    Extremes(static), watch=True,
+    rewrites.observe(apply, Extremes(static)),
+    params,
+    batches,
+    Extremes(static),
+    watch=True,
   )
   searched = {
     site: {r: q for r, q in roles.items() if _needs_counts(q)}
@@ -126,7 +130,9 @@ def calibrate(
     state = {k: {r: extremes[k][r] for r in v} for k, v in searched.items()}
     counts = _stream(
       rewrites.observe(apply, Histogram(searched)),
-      {'weights': params, 'sites': state}, batches, Histogram(searched),
+      {'weights': params, 'sites': state},
+      batches,
+      Histogram(searched),
     )
   return {
     site: {
@@ -140,9 +146,7 @@ def calibrate(
 def _stream(observed, variables, batches, monoid, watch=False):
   """Merges the statistics of all batches; one jitted call a batch."""
   run = jax.jit(lambda v, args: observed(v, *args)[1])
-  merge = jax.jit(
-    lambda a, b: {k: monoid.merge(None, a[k], b[k]) for k in a}
-  )
+  merge = jax.jit(lambda a, b: {k: monoid.merge(None, a[k], b[k]) for k in a})
   total = None
   for index, args in enumerate(checked(batches)):
     stats = run(variables, args)
@@ -167,15 +171,14 @@ def _needs_counts(q: Quantizer) -> bool:
   return isinstance(q.scale, scales.mse | scales.percentile)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _fit(q: Quantizer, extremes: Any, counts: Any) -> dict[str, jax.Array]:
   """Quantizer parameters from statistics, any loop axes in front."""
   lo, hi = extremes['lo'], extremes['hi']
   if counts is not None:
     flat = jax.vmap(lambda a, b, c: _search(q, a, b, c))
     shape = lo.shape
-    lo, hi = flat(
-      lo.reshape(-1), hi.reshape(-1), counts.reshape(-1, BINS)
-    )
+    lo, hi = flat(lo.reshape(-1), hi.reshape(-1), counts.reshape(-1, BINS))
     lo, hi = lo.reshape(shape), hi.reshape(shape)
   found = core.fit_range(lo[..., None, None], hi[..., None, None], q)
   return {k: v for k, v in found._asdict().items() if v is not None}

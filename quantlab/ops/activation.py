@@ -109,5 +109,3 @@ def abstract_range(
     lambda lo, hi: core.fit_range(lo, hi, quantizer), bound, bound
   )
   return {k: v for k, v in made._asdict().items() if v is not None}
-
-

@@ -61,14 +61,14 @@ class DotDims:
   weight_first: bool = False
 
   def x_matrix(self, x: jax.Array) -> jax.Array:
-    """x as (batch..., M, K)."""
+    """X as (batch..., M, K)."""
     return _matrix(x, self.x_batch, self.x_free, self.x_contract)
 
   def x_restore(self, y: jax.Array, shape: Sequence[int]) -> jax.Array:
     return _unmatrix(y, shape, self.x_batch, self.x_free, self.x_contract)
 
   def w_matrix(self, w: jax.Array) -> jax.Array:
-    """w as (batch..., K, N)."""
+    """W as (batch..., K, N)."""
     return _matrix(w, self.w_batch, self.w_contract, self.w_free)
 
   def w_restore(self, y: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -130,7 +130,7 @@ class ConvDims:
     return _unmatrix(y, shape, (), self.w_contract, self.w_free)
 
   def x_matrix(self, x: jax.Array) -> jax.Array:
-    """x as (images, everything else): an image is a convolution's token.
+    """X as (images, everything else): an image is a convolution's token.
 
     A scale per pixel could not be taken out of the sum over a window.
     """
@@ -198,9 +198,7 @@ class RaggedDims:
     return _matrix(w, self.w_batch, self.w_contract, self.w_free)
 
   def w_restore(self, y: jax.Array, shape: Sequence[int]) -> jax.Array:
-    return _unmatrix(
-      y, shape, self.w_batch, self.w_contract, self.w_free
-    )
+    return _unmatrix(y, shape, self.w_batch, self.w_contract, self.w_free)
 
   def x_matrix(self, x: jax.Array) -> jax.Array:
     return _matrix(x, (), self.x_free, self.x_contract)

@@ -23,9 +23,9 @@ def embed(
   rows = table.shape[dims.row]
   flat = jnp.clip(ids.reshape(-1), 0, rows - 1)
   picked = jax.tree.map(
-    lambda child: jnp.take(child, flat, axis=-1)
-    if child.shape[-1] == rows
-    else child,
+    lambda child: (
+      jnp.take(child, flat, axis=-1) if child.shape[-1] == rows else child
+    ),
     table,
   )
   dense = jnp.moveaxis(picked.dequantize(), dims.row, 0)

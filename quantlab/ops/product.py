@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import quantlab_kernels as kernels
 from jax import lax
 
+import quantlab_kernels as kernels
 from quantlab.core import QParams, QTensor, Quantizer
 from quantlab.ops import activation
 
@@ -41,8 +41,10 @@ def route(kind: str, quantizers: Mapping[str, Quantizer]) -> str:
   if given.per not in ('tensor', 'token'):
     return 'simulated'
   whole = weight.per in ('channel', 'tensor', 'token')
-  return 'int8' if whole or kind == 'dot' and 'lhs' not in quantizers else (
-    'simulated'
+  return (
+    'int8'
+    if whole or (kind == 'dot' and 'lhs' not in quantizers)
+    else ('simulated')
   )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantlab.plan import make as make_plan
 from quantlab import rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
 from quantlab.graph import tracing
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
+from quantlab.planner import make as make_plan
 from quantlab.ptq.model import Quantized
 from quantlab.ptq.rtn import Transform, rtn
 from quantlab.recipe import Recipe
