@@ -1,0 +1,372 @@
+"""Making a plan: resolving a recipe, and proving it on shapes.
+
+The draft is checked by evaluating the quantized function on abstract arrays,
+so that nothing fails later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quantlab import ops, rewrites
+from quantlab.core import Layout, Quantizer
+from quantlab.graph import sites as sites_lib
+from quantlab.graph import tracing
+from quantlab.graph.values import Dropped, LostError
+from quantlab.plan import Plan, SitePlan, Storage
+from quantlab.recipe import Recipe
+from quantlab.recipe import recipe as as_recipe
+
+
+def plan(
+  apply: Callable,
+  params: Any,
+  recipe: Recipe | Mapping[str, Any],
+  *args: Any,
+  **kwargs: Any,
+) -> Plan:
+  """Resolves a recipe for one function and one shape of its arguments.
+
+  Args:
+    apply: `apply(params, *args, **kwargs)`.
+    params: parameters, or their shapes (`jax.ShapeDtypeStruct` leaves).
+    recipe: see `ql.recipe`.
+    *args: example arguments, or their shapes.
+    **kwargs: example keyword arguments.
+
+  Raises:
+    ValueError: a rule matches nothing, a group does not divide, a site cannot
+      take its quantizer, one stored parameter would need two formats.
+    TypeError: a parameter that is not floating point.
+  """
+  tracer = tracing.Tracer(apply)
+  traced, leaves, inputs = tracer(params, args, kwargs)
+  return make(traced, leaves, inputs, as_recipe(recipe))
+
+
+def make(
+  traced: tracing.Traced,
+  leaves: Sequence[Any],
+  inputs: Sequence[Any],
+  recipe: Recipe,
+) -> Plan:
+  """`plan` for a call that is already traced."""
+  rules = recipe.resolve(traced.analysis.sites)
+  builder = _Builder(traced, leaves, rules)
+  draft = builder.build()
+  return settle(traced, leaves, inputs, draft)
+
+
+class _Builder:
+  """Collects storage and site decisions, refusing what cannot be."""
+
+  def __init__(self, traced, leaves, rules):
+    self.traced = traced
+    self.leaf = dict(zip(traced.paths, leaves, strict=True))
+    self.rules = rules
+    self.stored: dict[str, Storage] = {}
+    self.owner: dict[str, str] = {}
+    self.effective: dict[str, Storage] = {}
+    self.notes: list[str] = []
+
+  def build(self) -> Plan:
+    found = {}
+    for site in self.traced.analysis.sites:
+      rule = self.rules.get(site.id)
+      fold = self.place(site, rule) if rule is not None else False
+      found[site.id] = self.site_plan(site, rule, fold)
+    if not any(s.rule for s in found.values()):
+      raise ValueError('every rule of the recipe is None: nothing is quantized')
+    self.check_shared(found)
+    for name, count in self.traced.analysis.opaque:
+      self.notes.append(
+        f'{count} product(s) inside {name} are left as they are'
+      )
+    return Plan(
+      sites=found,
+      leaves=self.stored,
+      effective=self.effective,
+      captured=tracing.closed_over(self.traced, list(self.leaf.values())),
+      parameters={k: _bytes(v) for k, v in self.leaf.items()},
+      notes=tuple(self.notes),
+    )
+
+  def place(self, site, rule) -> bool:
+    """Decides where a site's weight is stored; returns whether it folds."""
+    self.check(site, rule)
+    quantizer = rule.weight
+    if quantizer is None or site.side is None:
+      return False
+    fold = rule.fold and site.fold is not None and site.kind != 'gather'
+    fold = fold and not self.shared_leaf(site)
+    if site.derivation == 'effective' or fold:
+      self.effective[site.id] = self.operand_storage(site, quantizer)
+      return fold
+    for part, path in enumerate(site.paths):
+      self.place_leaf(site, part, path, quantizer)
+    return False
+
+  def shared_leaf(self, site) -> bool:
+    """Whether another site reads the same stored parameter."""
+    return any(
+      set(other.paths) & set(site.paths)
+      for other in self.traced.analysis.sites
+      if other.id != site.id
+    )
+
+  def check(self, site, rule):
+    roles = rule.quantizers
+    if site.refused:
+      raise ValueError(f'site {site.id!r} cannot be quantized: {site.refused}')
+    wants = {'weight', 'input'} if site.side else {'lhs', 'rhs'}
+    wrong = [r for r in roles if r not in wants | {'output'}]
+    if wrong:
+      kind = (
+        'a product with a weight'
+        if site.side
+        else ('a product of two activations')
+      )
+      raise ValueError(
+        f'site {site.id!r} is {kind}: a rule for it takes {sorted(wants)}, got '
+        f'{sorted(wrong)}'
+      )
+    dtype = jnp.dtype(site.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+        f'site {site.id!r} has {dtype} parameters; only floating-point '
+        'parameters are quantized. Leave it in float (rule None).'
+      )
+    for role, q in roles.items():
+      if role != 'weight':
+        check_activation(site, role, q)
+      elif site.weight_shape is not None and site.dims is not None:
+        k = math.prod(site.contraction)
+        n = math.prod(site.weight_shape[i] for i in site.dims.w_free)
+        q.check(k, n, self.where(site))
+
+  def where(self, site) -> str:
+    axes = [i - len(site.weight_shape) for i in site.dims.w_contract]
+    axis = axes[0] if len(axes) == 1 else tuple(axes)
+    return (
+      f"'{site.path}' along its contraction axis: shape="
+      f'{site.weight_shape}, axis={axis}'
+    )
+
+  def operand_storage(self, site, quantizer) -> Storage:
+    """Storage in the axes of the product's operand, loops in front."""
+    loops = len(site.weight_loops)
+    shape = (*site.weight_loops, *site.weight_shape)
+    layout = Layout.of(
+      shape,
+      tuple(loops + i for i in site.dims.w_contract),
+      (*range(loops), *(loops + i for i in site.dims.w_batch)),
+    )
+    return Storage(quantizer, layout, shape, site.dtype)
+
+  def place_leaf(self, site, part, path, quantizer):
+    view, leaf = site.view, self.leaf[path]
+    k_axes = view.axes(site.dims.w_contract, part)
+    n_axes = view.axes(site.dims.w_free, part)
+    batch = view.axes(site.dims.w_batch, part)
+    # An axis that no operand axis comes from was indexed away: a layer.
+    indexed = [
+      i
+      for i in range(leaf.ndim)
+      if i not in (*k_axes, *n_axes, *batch, *view.loops) and leaf.shape[i] != 1
+    ]
+    loop_axes = (*view.loops, *indexed, *batch)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise TypeError(f'parameter {path!r} is {leaf.dtype}, not floating point')
+    order = _stored_order(site, view, part, k_axes)
+    layout = Layout.of(tuple(leaf.shape), order, loop_axes)
+    new = Storage(quantizer, layout, tuple(leaf.shape), str(leaf.dtype))
+    old = self.stored.setdefault(path, new)
+    self.owner.setdefault(path, site.id)
+    if old.quantizer != quantizer:
+      raise ValueError(
+        f'parameter {path!r} is stored once but its uses ask for two formats: '
+        f'{old.quantizer} at {self.owner[path]!r}, {quantizer} at {site.id!r}'
+      )
+    if old.layout != layout:
+      self.notes.append(
+        f'{path}: its use at {site.id} contracts other axes than at '
+        f'{self.owner[path]}, where its scales are; the product there runs on '
+        'dequantized weights'
+      )
+
+  def check_shared(self, found):
+    """A stored parameter has one value: every use of it sees the codes."""
+    for site in self.traced.analysis.sites:
+      for path in site.paths if site.view is not None else ():
+        if path in self.stored and found[site.id].rule is None:
+          raise ValueError(
+            f'parameter {path!r} is quantized at {self.owner[path]!r} but left '
+            f'in float at {site.id!r}, and it is stored once. Give both uses '
+            'one rule, or leave both in float.'
+          )
+
+  def site_plan(self, site, rule, fold) -> SitePlan:
+    matrix: tuple[int, ...] = ()
+    if site.side is not None and site.dims is not None:
+      shape = site.weight_shape
+      matrix = (
+        *site.weight_loops,
+        *(shape[i] for i in site.dims.w_batch),
+        math.prod(shape[i] for i in site.dims.w_contract),
+        math.prod(shape[i] for i in site.dims.w_free),
+      )
+    return SitePlan(
+      id=site.id,
+      kind=site.kind,
+      paths=site.paths,
+      derivation=site.derivation,
+      loops=site.loops,
+      weight_loops=site.weight_loops,
+      matrix=matrix,
+      macs=site.macs,
+      rule=rule,
+      compute='float'
+      if rule is None
+      else ops.route(site.kind, rule.quantizers),
+      fold=fold,
+      tensors=(site.lhs, site.rhs, site.out),
+    )
+
+
+def _stored_order(site, view, part, k_axes) -> tuple[int, ...]:
+  """Contraction axes of a parameter in the order the product flattens them.
+
+  A convolution flattens (spatial..., input channel), whatever the kernel's
+  own order.
+  """
+  order: list[int] = []
+  for i in site.dims.w_contract:
+    order += [p.axis for p in view.dims[part][i] if p.axis not in order]
+  return tuple(order) if set(order) == set(k_axes) else k_axes
+
+
+def check_activation(site: sites_lib.Site, role: str, q: Quantizer) -> None:
+  """Refuses an activation quantizer that a site cannot take."""
+  if q.static and q.per != 'tensor':
+    raise ValueError(
+      f'{q!r} for the {role} of site {site.id!r}: a static range needs '
+      "per='tensor' (a batch has no fixed number of tokens)"
+    )
+  if q.group is not None and role != 'output' and site.kind != 'conv':
+    q.check(math.prod(site.contraction), 1, f"the {role} of '{site.id}'")
+  if site.kind == 'conv' and q.per != 'tensor' and q.per != 'token':
+    raise ValueError(
+      f'{q!r} for the {role} of convolution {site.id!r}: a convolution takes '
+      "per='tensor', or per='token' (one scale per image)"
+    )
+  if q.per == 'channel':
+    raise ValueError(
+      f'{q!r} for the {role} of site {site.id!r}: an activation takes '
+      "per='token', 'tensor' or 'head', or group=; a scale per channel cannot "
+      'be taken out of the sum over channels'
+    )
+  if q.rounding == 'stochastic':
+    raise ValueError(
+      f'{q!r} for the {role} of site {site.id!r}: stochastic rounding of '
+      'activations needs a key in every call; it is for training only'
+    )
+
+
+def _bytes(leaf: Any) -> tuple[int, int]:
+  size = math.prod(leaf.shape)
+  return size * jnp.dtype(leaf.dtype).itemsize, size
+
+
+# Proving it on shapes --------------------------------------------------------
+
+
+def settle(
+  traced: tracing.Traced,
+  leaves: Sequence[Any],
+  inputs: Sequence[Any],
+  plan: Plan,
+) -> Plan:
+  """Checks a plan by running it on shapes; decides what need not be stored.
+
+  Parameters that only effective weights use are dropped.
+  """
+  candidates = {
+    path
+    for site in plan.effective
+    for path in plan.sites[site].paths
+    if path not in plan.leaves
+  }
+  candidates |= _map_parameters(traced, plan)
+  while True:
+    try:
+      draft = dataclasses.replace(plan, dropped=tuple(sorted(candidates)))
+      variables = abstract_variables(traced, leaves, draft)
+      _check(traced, variables, inputs, draft)
+      return draft
+    except LostError as error:
+      if error.path not in candidates:
+        raise _planning_error(traced, error) from None
+      candidates.discard(error.path)
+
+
+def _planning_error(traced, error: LostError) -> ValueError:
+  uses = traced.analysis.other_uses.get(error.path, ())
+  also = f' It is also read by: {", ".join(uses)}.' if uses else ''
+  return ValueError(f'{error}{also}')
+
+
+def _map_parameters(traced, plan) -> set[str]:
+  """Parameters that folded maps are computed from."""
+  return {
+    traced.paths[i]
+    for site in traced.analysis.sites
+    if site.id in plan.folded
+    for i in site.fold.leaves
+  } - set(plan.leaves)
+
+
+def abstract_variables(
+  traced: tracing.Traced, leaves: Sequence[Any], plan: Plan
+) -> tuple[list[Any], dict[str, Any]]:
+  """(parameter leaves, state) of a plan as shapes."""
+  weights = [
+    plan.leaves[p].abstract()
+    if p in plan.leaves
+    else Dropped(tuple(leaf.shape), str(leaf.dtype))
+    if p in plan.dropped
+    else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    for p, leaf in zip(traced.paths, leaves, strict=True)
+  ]
+  state: dict[str, Any] = {}
+  sites = {s.id: s for s in traced.analysis.sites}
+  for name, storage in plan.effective.items():
+    state[name] = {'effective': storage.abstract()}
+    if name in plan.folded:
+      site = sites[name]
+      n = site.out[site.fold.axis]
+      shape = (*site.weight_loops, n)
+      state[name]['fold'] = {'shift': jax.ShapeDtypeStruct(shape, site.dtype)}
+  for name, roles in plan.static.items():
+    loops = sites[name].loops
+    for role, q in roles.items():
+      state.setdefault(name, {})[role] = ops.abstract_range(q, loops)
+  return weights, state
+
+
+def _check(traced, variables, inputs, plan):
+  weights, state = variables
+  handler = rewrites.deploying(plan)
+
+  def run(weights, inputs, state):
+    rewriter = rewrites.evaluator(
+      traced, weights, plan, handler, folded=plan.folded
+    )
+    return rewriter.run(inputs, state)[0]
+
+  jax.eval_shape(run, weights, list(inputs), state)
