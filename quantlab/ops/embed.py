@@ -1,4 +1,4 @@
-"""Embedding lookup in a quantized table: only the rows asked for are decoded."""
+"""Embedding lookup: only the rows asked for are decoded."""
 
 from __future__ import annotations
 
