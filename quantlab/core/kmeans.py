@@ -59,7 +59,7 @@ def _start(x: Array, weight: Array, k: int) -> Array:
   rank = jnp.minimum(jnp.sum(reached, axis=-1), x.shape[-1] - 1)
   quantiles = jnp.take_along_axis(x, rank, axis=-1)
   low, high = x[..., :1], x[..., -1:]
-  spaced = low + (high - low) * (jnp.arange(k) / max(k - 1, 1))
+  spaced = low + (high - low) * jnp.linspace(0, 1, k, dtype=x.dtype)
   return (quantiles + spaced) / 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import Array
 from quantlab.core import fitting, relayout, scale_formats
 from quantlab.core.layout import Layout, LayoutError
 from quantlab.core.qparams import QParams
-from quantlab.core.quantize import decode, encode
+from quantlab.core.quantize import check_key, decode, encode
 from quantlab.core.quantizer import Quantizer
 from quantlab_kernels import pack, unpack
 
@@ -122,8 +123,8 @@ class QTensor:
 
   def dequantize(self) -> Array:
     """The logical array in its dtype."""
-    y = decode(self.unpack(), self.quantizer, self.qparams)
-    return self.layout.to_logical(y).astype(self.dtype)
+    self._canonical('dequantize')
+    return _dequantize(self)
 
   def astype(self, dtype: Any) -> QTensor:
     """The same codes, dequantized to another dtype."""
@@ -260,12 +261,23 @@ def quantize(
     key: for rounding='stochastic'.
   """
   fitting.check_float(w, quantizer)
+  check_key(quantizer, key)
+  return _quantize(jnp.asarray(w), qparams, key, quantizer, layout)
+
+
+@functools.partial(jax.jit, static_argnames=('quantizer', 'layout'))
+def _quantize(w, qparams, key, quantizer, layout) -> QTensor:
   x = layout.to_canonical(w)
   if qparams is None:
     qparams = fitting.fit(x, quantizer)
-  return assemble(
-    encode(x, quantizer, qparams, key=key), quantizer, qparams, layout, w.dtype
-  )
+  codes = encode(x, quantizer, qparams, key=key)
+  return assemble(codes, quantizer, qparams, layout, w.dtype)
+
+
+@jax.jit
+def _dequantize(q: QTensor) -> Array:
+  y = decode(q.unpack(), q.quantizer, q.qparams)
+  return q.layout.to_logical(y).astype(q.dtype)
 
 
 def assemble(

@@ -54,7 +54,7 @@ def fake_quantize(
     x_hat of the shape and dtype of x; float32 inside.
   """
   fitting.check_float(x, quantizer)
-  key = _key(quantizer, key)
+  key = check_key(quantizer, key)
   return _fake_quantize(x, qparams, bits, key, quantizer=quantizer, axis=axis)
 
 
@@ -68,7 +68,7 @@ def encode(
 ) -> Codes:
   """Codes of x, one in each uint8 (uint16 for 16 bits), of its shape."""
   fitting.check_float(x, quantizer)
-  key = _key(quantizer, key)
+  key = check_key(quantizer, key)
   return _encode(x, qparams, key, quantizer=quantizer, axis=axis)
 
 
@@ -117,7 +117,8 @@ def _tables(qparams: QParams, axis: int) -> tuple[Array, ...]:
   return (fitting.spread(qparams.codebook, axis),)
 
 
-def _key(quantizer: Quantizer, key: Array | None) -> Array | None:
+def check_key(quantizer: Quantizer, key: Array | None) -> Array | None:
+  """The key where rounding needs one, else None; raises where it is missing."""
   if quantizer.rounding == 'nearest':
     return None
   if key is None:

@@ -101,8 +101,8 @@ def reshape(axes: Axes, shape: Sequence[int]) -> Axes:
   drop = {a for i, a in enumerate(axes.order) if i not in keep}
   axes = _without(axes, drop)
   ones: list[int] = []
-  for group, sizes, place in _match(axes, shape, ones):
-    axes = _regroup(axes, group, sizes, place, (old, tuple(shape)))
+  for group, sizes in _match(axes, shape, ones):
+    axes = _regroup(axes, group, sizes, (old, tuple(shape)))
   return expand_dims(axes, ones) if ones else axes
 
 
@@ -121,9 +121,9 @@ def _match(axes: Axes, shape: Sequence[int], ones: list[int]):
   """Pairs runs of old axes with runs of new ones of the same product.
 
   Returns:
-    A list of (old names, new sizes, place of the first in the new order),
-    last first, so that splitting one does not move those before it. Places
-    of new axes of length one go to `ones`.
+    A list of (old names, new sizes), last stored first, so that splitting one
+    does not rename those still to come. Places of new axes of length one go
+    to `ones`.
   """
   groups, i, j = [], 0, 0
   old = [(a, axes.size(a)) for a in axes.order]
@@ -145,26 +145,25 @@ def _match(axes: Axes, shape: Sequence[int], ones: list[int]):
         else:
           sizes.append(shape[j])
         b, j = b * shape[j], j + 1
-    groups.append((names, sizes, len(names)))
+    groups.append((names, sizes))
   if i < len(old):
     raise LayoutError(
       f'reshaping {axes.shape} to {tuple(shape)} would drop a loop axis, which '
       'scales and codes carry too'
     )
-  return [(names, sizes, names[0]) for names, sizes, _ in reversed(groups)]
+  return sorted(groups, key=lambda group: group[0][0][1], reverse=True)
 
 
 def _regroup(
   axes: Axes,
   group: list[Name],
   sizes: list[int],
-  first: Name,
   shapes: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> Axes:
   """Replaces adjacent axes of one part by axes of other sizes."""
   if len(group) == len(sizes) == 1:
     return axes
-  part, at = first
+  part, at = first = group[0]
   if {p for p, _ in group} != {part} or part == 'loop':
     kinds = {'loop': 'loop', 'k': 'contraction', 'n': 'output'}
     found = ' and '.join(sorted({kinds[p] for p, _ in group}))

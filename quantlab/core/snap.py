@@ -39,7 +39,7 @@ def bounds(fmt: Format, bits: Array | int | None, ndim: int) -> Bounds:
   if b.ndim and b.ndim == ndim - 2:
     b = b[..., None, None]
   one = jnp.ones((), jnp.int32)
-  hi = (one << (b.astype(jnp.int32) - fmt.signed)) - 1
+  hi = (one << (b.astype(jnp.int32) - int(fmt.signed))) - 1
   hi = hi.astype(jnp.float32)
   if not fmt.signed:
     return jnp.zeros_like(hi), hi
