@@ -39,16 +39,18 @@ def _int32(x, w, x_zero=None, w_zero=None):
   return qk.int8_matmul(x, w, x_zero=x_zero, w_zero=w_zero, out_dtype=jnp.int32)
 
 
-@pytest.mark.parametrize('m', ROWS)
+@pytest.mark.parametrize('implementation', BACKENDS)
 @pytest.mark.parametrize(('k', 'n'), [(1, 1), (7, 5), (64, 1), (129, 33)])
-def test_odd_shapes_are_exact(m, k, n):
-  x, w = _codes((m, k)), _codes((k, n), 1)
-  want = oracle.int_product(x, w)
-  np.testing.assert_array_equal(_int32(x, w), want)
-  got = _jit(
-    qk.int8_matmul, x, w, out_dtype=jnp.int32, implementation='reference'
-  )
-  np.testing.assert_array_equal(got, want)
+def test_odd_shapes_are_exact(k, n, implementation):
+  xs, w = [_codes((m, k), m) for m in ROWS], _codes((k, n), 1)
+
+  @jax.jit
+  def program(xs, w):
+    kw = {'out_dtype': jnp.int32, 'implementation': implementation}
+    return [qk.int8_matmul(x, w, **kw) for x in xs]
+
+  for got, x in zip(program(xs, w), xs, strict=True):
+    np.testing.assert_array_equal(got, oracle.int_product(x, w))
 
 
 @pytest.mark.parametrize('m', [1, 3])

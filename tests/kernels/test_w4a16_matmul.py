@@ -45,42 +45,45 @@ def _close(got, want, x, w_hat, rtol=1e-6):
   assert np.all(np.abs(np.float64(got) - want) <= rtol * size + 1e-30)
 
 
-@pytest.mark.parametrize('bits', [1, 2, 3, 4, 8, 16])
+def _compiled(implementation, *cases):
+  """Runs the cases (arrays, static options) in one compiled program."""
+
+  def program(arrays):
+    return [
+      qk.w4a16_matmul(**a, **options, implementation=implementation)
+      for a, (_, options) in zip(arrays, cases, strict=True)
+    ]
+
+  return jax.jit(program)([arrays for arrays, _ in cases])
+
+
 @pytest.mark.parametrize('signed', [True, False])
-def test_integer_codes(bits, signed, implementation):
-  x, q = _normal((3, 300)), _codes((300, 7), bits)
-  s, z = _normal((5, 7), 2), _normal((5, 7), 3)
-  v = oracle.signed_value(q, bits) if signed else q
-  w_hat = oracle.dequantize(v, s, 64, z)
-  got = _jit(
-    qk.w4a16_matmul,
-    *(x, packing.pack(q, bits), s),
-    bits=bits,
-    group=64,
-    zero_point=z,
-    signed=signed,
-    implementation=implementation,
-  )
-  _close(got, np.float64(x) @ w_hat, x, w_hat)
+def test_integer_codes(signed, implementation):
+  cases, w_hats = [], []
+  x, s, z = _normal((3, 300)), _normal((5, 7), 2), _normal((5, 7), 3)
+  for bits in (1, 2, 3, 4, 8, 16):
+    q = _codes((300, 7), bits)
+    v = oracle.signed_value(q, bits) if signed else q
+    w_hats.append(oracle.dequantize(v, s, 64, z))
+    arrays = {'x': x, 'w': packing.pack(q, bits), 'scale': s, 'zero_point': z}
+    cases.append((arrays, {'bits': bits, 'group': 64, 'signed': signed}))
+  for got, w_hat in zip(_compiled(implementation, *cases), w_hats, strict=True):
+    _close(got, np.float64(x) @ w_hat, x, w_hat)
 
 
 @pytest.mark.parametrize('m', [1, 13])
-@pytest.mark.parametrize('group', [None, 8, 100, 256, 1024, 2000])
-def test_every_group(m, group, implementation):
+def test_every_group(m, implementation):
   k = 1300
+  cases, w_hats = [], []
   x, q = _normal((m, k)), _codes((k, 5), 4)
-  s = _normal((1 if group is None else -(-k // group), 5), 2)
-  w_hat = oracle.dequantize(oracle.signed_value(q, 4), s, group or k)
-  got = _jit(
-    qk.w4a16_matmul,
-    x,
-    packing.pack(q, 4),
-    s,
-    bits=4,
-    group=group,
-    implementation=implementation,
-  )
-  _close(got, np.float64(x) @ w_hat, x, w_hat)
+  v, p = oracle.signed_value(q, 4), packing.pack(q, 4)
+  for group in (None, 8, 100, 256, 1024, 2000):
+    s = _normal((1 if group is None else -(-k // group), 5), 2)
+    w_hats.append(oracle.dequantize(v, s, group or k))
+    options = {'bits': 4, 'group': group}
+    cases.append(({'x': x, 'w': p, 'scale': s}, options))
+  for got, w_hat in zip(_compiled(implementation, *cases), w_hats, strict=True):
+    _close(got, np.float64(x) @ w_hat, x, w_hat)
 
 
 def test_integer_valued_operands_are_exact(implementation):

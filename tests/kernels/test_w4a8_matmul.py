@@ -10,8 +10,6 @@ from oracle import packing
 import quantlab_kernels as qk
 from quantlab_kernels import int_dot
 
-BACKENDS = ['xla', 'reference']
-
 
 def _jit(op, *args, **options):
   """Runs op compiled: arrays are traced, the rest is static."""
@@ -45,70 +43,67 @@ def implementation(request, monkeypatch):
   return 'xla'
 
 
-@pytest.mark.parametrize(
-  ('bits', 'signed'),
-  [(b, True) for b in range(1, 9)] + [(b, False) for b in (2, 3, 8)],
-)
-def test_every_width_is_exact(bits, signed, implementation):
-  x = _x((5, 45))
-  p, w = _w((45, 7), bits, signed)
-  s = _powers((3, 7))
-  got = _jit(
-    qk.w4a8_matmul,
-    *(x, p, s),
-    bits=bits,
-    group=16,
-    signed=signed,
-    implementation=implementation,
-  )
-  np.testing.assert_array_equal(got, oracle.grouped_product(x, w, s, 16))
+def _compiled(implementation, *cases):
+  """Runs the cases (arrays, static options) in one compiled program."""
+
+  def program(arrays):
+    return [
+      qk.w4a8_matmul(**a, **options, implementation=implementation)
+      for a, (_, options) in zip(arrays, cases, strict=True)
+    ]
+
+  return jax.jit(program)([arrays for arrays, _ in cases])
 
 
-@pytest.mark.parametrize('m', [1, 2, 3, 12, 13, 37])
+def test_every_width_is_exact(implementation):
+  cases, wants = [], []
+  x, s = _x((5, 45)), _powers((3, 7))
+  for bits in range(1, 9):
+    for signed in (True, False):
+      p, w = _w((45, 7), bits, signed)
+      options = {'bits': bits, 'group': 16, 'signed': signed}
+      cases.append(({'xq': x, 'packed': p, 'scale': s}, options))
+      wants.append(oracle.grouped_product(x, w, s, 16))
+  for got, want in zip(_compiled(implementation, *cases), wants, strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize('group', [None, 8, 32, 64, 100, 128])
-def test_every_group_and_row_count_is_exact(m, group):
+def test_every_group_and_row_count_is_exact(group):
   k = 100
-  x = _x((m, k))
   p, w = _w((k, 9), 4)
   s = _powers((1 if group is None else -(-k // group), 9))
-  got = _jit(qk.w4a8_matmul, x, p, s, group=group)
-  np.testing.assert_array_equal(
-    got, oracle.grouped_product(x, w, s, group or k)
-  )
+  xs = [_x((m, k)) for m in (1, 2, 3, 12, 13, 37)]
+  cases = [({'xq': x, 'packed': p, 'scale': s}, {'group': group}) for x in xs]
+  for got, x in zip(_compiled(None, *cases), xs, strict=True):
+    np.testing.assert_array_equal(
+      got, oracle.grouped_product(x, w, s, group or k)
+    )
 
 
-@pytest.mark.parametrize('m', [1, 4])
-@pytest.mark.parametrize(
-  ('bits', 'signed', 'x_zero'),
-  [
-    (4, False, None),
-    (4, True, 'row'),
-    (4, False, 'group'),
-    (8, False, None),
-    (8, False, 'group'),
-  ],
-)
-def test_zero_points_are_exact(m, bits, signed, x_zero, implementation):
+def test_zero_points_are_exact(implementation):
   rng = np.random.default_rng(4)
-  x = _x((m, 45))
-  p, w = _w((45, 7), bits, signed)
-  s = _powers((3, 7))
-  low = -(2 ** (bits - 1)) if signed else 0
-  z = rng.integers(low, low + 2**bits, (3, 7))
-  zx = rng.integers(-128, 128, (m, 3 if x_zero == 'group' else 1))
-  zx = None if x_zero is None else zx
-  got = _jit(
-    qk.w4a8_matmul,
-    *(x, p, s),
-    bits=bits,
-    group=16,
-    signed=signed,
-    zero_point=z,
-    x_zero=zx,
-    implementation=implementation,
-  )
-  want = oracle.grouped_product(x, w, s, 16, z, 1.0, 0 if zx is None else zx)
-  np.testing.assert_array_equal(got, want)
+  cases, wants = [], []
+  for m, bits, signed, x_zero in [
+    (1, 4, False, None),
+    (4, 4, True, 1),
+    (1, 4, False, 3),
+    (4, 4, False, 3),
+    (4, 8, False, None),
+    (1, 8, False, 3),
+    (4, 8, True, 1),
+  ]:
+    x, s = _x((m, 45)), _powers((3, 7))
+    p, w = _w((45, 7), bits, signed)
+    low = -(2 ** (bits - 1)) if signed else 0
+    z = rng.integers(low, low + 2**bits, (3, 7))
+    zx = None if x_zero is None else rng.integers(-128, 128, (m, x_zero))
+    arrays = {'xq': x, 'packed': p, 'scale': s, 'zero_point': z, 'x_zero': zx}
+    cases.append((arrays, {'bits': bits, 'group': 16, 'signed': signed}))
+    zx = 0 if zx is None else zx
+    wants.append(oracle.grouped_product(x, w, s, 16, z, 1.0, zx))
+  for got, want in zip(_compiled(implementation, *cases), wants, strict=True):
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize('fill', [(-128, 0x8), (-128, 0x7), (127, 0x8)])
