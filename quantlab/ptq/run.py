@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from quantlab import rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
-from quantlab.graph import tracing
+from quantlab.graph import known, tracing
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
 from quantlab.planner import make as make_plan
@@ -60,7 +60,7 @@ def ptq(
     apply, params, made, batches
   )
   found = jax.jit(
-    lambda ls: rewrites.effective_weights(traced, ls, inputs, made)
+    lambda ls: known.weights(traced, ls, frozenset(made.effective), made.folded)
   )(leaves)
   effective = {
     name: transform.encode(name, stat['weight'], made.effective[name], key)

@@ -171,7 +171,10 @@ class _Rows:
     """With the scales of group g found again on its rows as they are."""
     new = core.fit(rows, self.quantizer, axis=-2)
     p = self.params
-    put = lambda old, one: None if old is None else old.at[g].set(one[0])
+
+    def put(old, one):
+      return None if old is None else old.at[g].set(one[0])
+
     return dataclasses.replace(
       self,
       params=p._replace(
@@ -206,7 +209,7 @@ def _sweep(
   rows: _Rows,
 ) -> tuple[Array, _Rows, Array]:
   """Rounds all rows in order; updates within a block, then all that follows."""
-  k, n = x.shape
+  k = x.shape[0]
   size = max(BLOCK // rows.group, 1) * rows.group if rows.refit else BLOCK
   size = min(size, k)
   pad = -k % size
