@@ -80,6 +80,17 @@ def test_ties_go_to_even():
   np.testing.assert_array_equal(q[0, -2:], [127, -127])
 
 
+def test_codes_at_ties_are_the_same_in_every_context():
+  s = np.random.default_rng(6).uniform(1, 2, (50, 1)).astype(np.float32)
+  x = s * (np.arange(-127, 127, dtype=np.float32) + np.float32(0.5))
+  want = np.clip(np.rint(x * (np.float32(1) / s)), -128, 127)
+  assert np.any(want != np.clip(np.rint(x / s), -128, 127))
+  f = lambda x, s: qk.quantize_activation(x, scale=s)[0]  # noqa: E731
+  np.testing.assert_array_equal(f(x, s), want)
+  np.testing.assert_array_equal(jax.jit(f)(x, s), want)
+  np.testing.assert_array_equal(jax.jit(jax.vmap(f))(x, s), want)
+
+
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_zeros_stay_zero(symmetric):
   x = np.zeros((2, 5), np.float32)

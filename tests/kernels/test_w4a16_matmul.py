@@ -129,17 +129,17 @@ def test_decoded_weights(scaled, implementation):
 
 @pytest.mark.parametrize('m', [1, 3])
 def test_sums_of_16_bit_floats_are_float32(m):
-  # 1 + 2^-9 + ... is lost in bfloat16 sums, and kept in float32 ones.
-  x = jnp.ones((m, 257), jnp.bfloat16)
-  w = jnp.full((257, 2), 2.0**-8, jnp.bfloat16).at[0].set(1.0)
+  # The sum 2 - 2^-8 takes nine bits: bfloat16 keeps eight.
+  x = jnp.ones((m, 256), jnp.bfloat16)
+  w = jnp.full((256, 2), 2.0**-8, jnp.bfloat16).at[0].set(1.0)
   y = _jit(qk.w4a16_matmul, x, w, out_dtype=jnp.float32)
-  np.testing.assert_array_equal(y, np.full((m, 2), 2.0))
+  np.testing.assert_array_equal(y, np.full((m, 2), 2 - 2.0**-8))
   assert _jit(qk.w4a16_matmul, x, w).dtype == jnp.bfloat16
-  q = np.full((257, 2), 1, np.uint8)
+  q = np.full((256, 2), 1, np.uint8)
   y = _jit(
     qk.w4a16_matmul, x, packing.pack(q, 4), bits=4, out_dtype=jnp.float32
   )
-  np.testing.assert_array_equal(y, np.full((m, 2), 257.0))
+  np.testing.assert_array_equal(y, np.full((m, 2), 256.0))
 
 
 def test_experts_and_transforms(implementation):
