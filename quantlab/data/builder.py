@@ -95,29 +95,34 @@ def data_source(
       f'The set {name!r} has no split {known!r}; it has: '
       f'{", ".join(sorted(splits))}.'
     )
-  builder = npz_builder(name, splits, data_dir=data_dir, read=read)
-  prepare(builder)
+  builder = prepared(
+    lambda: npz_builder(name, splits, data_dir=data_dir, read=read)
+  )
   return builder.as_data_source(split=split)
 
 
-def prepare(builder: Any) -> None:
-  """Prepares a builder unless it is, also beside another process doing so.
+def prepared(make: Callable[[], Any]) -> Any:
+  """A builder from `make` whose data is prepared, by us or by another process.
 
   Raises:
     ValueError: the prepared copy was damaged after it was written.
   """
+  builder = make()
   if not builder.data_path.exists():
     try:
       builder.download_and_prepare()
     except OSError:
-      # Another process may have renamed its copy first: it is the same one.
+      # Another process may have renamed its copy first: it is the same one,
+      # but this builder has not seen its metadata.
       if not builder.data_path.exists():
         raise
+      builder = make()
   if not builder.is_prepared():
     raise ValueError(
       f'The prepared set in {builder.data_path} is damaged (its metadata are '
       'missing). Delete that folder; it is made again from the source.'
     )
+  return builder
 
 
 def fingerprint(splits: Mapping[str, Split], read: Read = npz.load_npz) -> str:

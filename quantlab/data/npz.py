@@ -18,9 +18,10 @@ def load_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise FileNotFoundError(f'{path}: no such npz file.')
   try:
-    with np.load(path, allow_pickle=False) as stored:
-      if not isinstance(stored, np.lib.npyio.NpzFile):
-        raise ValueError('a single array, not an archive of named arrays')
+    stored = np.load(path, allow_pickle=False)
+    if isinstance(stored, np.ndarray):
+      raise ValueError('a single array, not an archive of named arrays')
+    with stored:
       return {name: stored[name] for name in stored.files}
   except (ValueError, EOFError, zipfile.BadZipFile) as error:
     raise ValueError(

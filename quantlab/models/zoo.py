@@ -111,6 +111,7 @@ def _images(
       if labelled
       else module.preprocess,
       shuffle=sizes.evaluation is not None,  # a part must hold all classes
+      seed=seed,
       limit=sizes.evaluation,
     ),
     metric=metrics.classification if labelled else metrics.unlabelled,
@@ -178,7 +179,9 @@ def minilm(sizes: Sizes, seed: int) -> Workload:
   dev = data.load_set('stsb', 'dev', data_dir=sizes.data_dir)
   size = sizes.batch_size or 50
   calibration = sizes.calibration or 200
-  arrays = [dev[i] for i in range(sizes.evaluation or len(dev))]
+  # The file is ordered by origin: a part of it is drawn from all of them.
+  order = np.random.RandomState(seed).permutation(len(dev))
+  arrays = [dev[int(i)] for i in order[: sizes.evaluation]]
   # By length, so that short sentences share batches.
   arrays.sort(key=lambda record: int(record['length'].max()))
   ids, length, score = (
@@ -243,6 +246,8 @@ def stories(sizes: Sizes, seed: int) -> Workload:
       size,
       fields=('ids', 'lens'),
       preprocess=_next_tokens,
+      shuffle=sizes.evaluation is not None,  # early stories are easier
+      seed=seed,
       limit=sizes.evaluation,
     ),
     metric=metrics.language_model,
