@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantlab import core
+from quantlab import core, ops
 from quantlab.core import Layout, Quantizer
 from quantlab.graph import sites as sites_lib
 from quantlab.recipe import Rule
@@ -100,6 +100,7 @@ class Plan:
     captured: fingerprints of parameters that the function closed over.
     parameters: (bytes, elements) of every parameter, by path.
     notes: what a reader should know.
+    strict: False dequantizes codes where an operation has no rule for them.
   """
 
   sites: dict[str, SitePlan]
@@ -111,6 +112,7 @@ class Plan:
     default_factory=dict
   )
   notes: tuple[str, ...] = ()
+  strict: bool = True
 
   @property
   def quantized(self) -> dict[str, SitePlan]:
@@ -133,6 +135,20 @@ class Plan:
     }
     return {k: v for k, v in found.items() if v}
 
+  def abstract_state(self) -> dict[str, dict[str, Any]]:
+    """State of the sites as shapes: ranges, folded shifts, loops in front."""
+    state: dict[str, dict[str, Any]] = {}
+    for name, site in self.sites.items():
+      if site.fold:
+        shape = (*site.loops, site.matrix[-1])
+        shift = jax.ShapeDtypeStruct(shape, jnp.float32)
+        state[name] = {'fold': {'shift': shift}}
+    for name, roles in self.static.items():
+      loops = self.sites[name].loops
+      for role, q in roles.items():
+        state.setdefault(name, {})[role] = ops.abstract_range(q, loops)
+    return state
+
   def to_json(self) -> dict[str, Any]:
     return {
       'sites': [s.to_json() for s in self.sites.values()],
@@ -142,6 +158,7 @@ class Plan:
       'captured': self.captured,
       'parameters': {k: list(v) for k, v in self.parameters.items()},
       'notes': list(self.notes),
+      'strict': self.strict,
     }
 
   @classmethod
@@ -155,6 +172,7 @@ class Plan:
       captured=dict(data['captured']),
       parameters={k: _tuples(v) for k, v in data['parameters'].items()},
       notes=tuple(data['notes']),
+      strict=data['strict'],
     )
 
   def check_known(self, analysis: sites_lib.Analysis) -> None:

@@ -1,7 +1,9 @@
-"""Making a plan: resolving a recipe, and proving it on shapes.
+"""Making a plan: a recipe resolved for one program, checked from shapes.
 
-The draft is checked by evaluating the quantized function on abstract arrays,
-so that nothing fails later.
+Nothing is computed. The plan is checked by evaluating the quantized function
+on abstract arrays, so that nothing fails later: where codes cannot be carried
+to a product by changing metadata, the product gets an effective weight of its
+own, and parameters that only effective weights use are dropped.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import jax.numpy as jnp
 
 from quantlab import ops, rewrites
 from quantlab.core import Layout, Quantizer
+from quantlab.graph import rewrite, tracing
 from quantlab.graph import sites as sites_lib
-from quantlab.graph import tracing
-from quantlab.graph.values import Dropped, LostError
+from quantlab.graph.values import Dropped
 from quantlab.plan import Plan, SitePlan, Storage
-from quantlab.recipe import Recipe
+from quantlab.recipe import Recipe, Rule
 from quantlab.recipe import recipe as as_recipe
 
 
@@ -58,27 +60,100 @@ def make(
 ) -> Plan:
   """`plan` for a call that is already traced."""
   rules = recipe.resolve(traced.analysis.sites)
-  builder = _Builder(traced, leaves, rules)
-  draft = builder.build()
-  return settle(traced, leaves, inputs, draft)
+  computed: set[str] = set()
+  while True:
+    draft = _Builder(traced, leaves, rules, computed).build(recipe.strict)
+    candidates = _droppable(traced, draft)
+    while True:
+      draft = dataclasses.replace(draft, dropped=tuple(sorted(candidates)))
+      failures, notes = _check(traced, leaves, inputs, draft)
+      kept = {p for f in failures for p in f.lost.paths} & candidates
+      if not kept:
+        break
+      candidates -= kept
+    if not failures:
+      return dataclasses.replace(draft, notes=(*draft.notes, *notes))
+    again = {f.site for f in failures if f.site in draft.quantized}
+    again -= {*computed, *draft.effective, None}
+    if not again:
+      raise _planning_error(traced, draft, failures[0])
+    computed |= {s for s in again if s is not None}
+
+
+def _droppable(traced, draft) -> set[str]:
+  """Parameters that perhaps nothing but effective weights reads."""
+  weights = {p for s in draft.effective for p in draft.sites[s].paths}
+  maps = {
+    traced.paths[i]
+    for site in traced.analysis.sites
+    if site.id in draft.folded
+    for i in site.fold.leaves
+  }
+  return (weights | maps) - set(draft.leaves)
+
+
+def _check(traced, leaves, inputs, draft):
+  """Runs the quantized program on shapes: (failures, notes)."""
+  weights = [
+    draft.leaves[p].abstract()
+    if p in draft.leaves
+    else Dropped(tuple(leaf.shape), str(leaf.dtype))
+    if p in draft.dropped
+    else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    for p, leaf in zip(traced.paths, leaves, strict=True)
+  ]
+  state = draft.abstract_state()
+  for name, storage in draft.effective.items():
+    state.setdefault(name, {})['effective'] = storage.abstract()
+  failures: list[rewrite.Failure] = []
+  report: list[str] = []
+
+  def run(weights, inputs, state):
+    evaluator = rewrites.evaluator_of(
+      traced,
+      weights,
+      frozenset(draft.quantized),
+      rewrites.deploying(draft),
+      folded=draft.folded,
+      strict=draft.strict,
+      report=report,
+      failures=failures,
+    )
+    return evaluator.run(inputs, state)[0]
+
+  jax.eval_shape(run, weights, list(inputs), state)
+  return failures, tuple(dict.fromkeys(report))
+
+
+def _planning_error(traced, draft, failure: rewrite.Failure) -> Exception:
+  uses = traced.analysis.other_uses
+  also = sorted({u for p in failure.lost.paths for u in uses.get(p, ())})
+  text = f' It is also read by: {", ".join(also)}.' if also else ''
+  return ValueError(f'{failure.lost.error(failure.where)}{text}')
 
 
 class _Builder:
-  """Collects storage and site decisions, refusing what cannot be."""
+  """Collects storage and site decisions, refusing what cannot be.
 
-  def __init__(self, traced, leaves, rules):
+  Attributes:
+    computed: sites whose weight cannot be carried to them as codes, though it
+      is a layout-only view: they get effective weights.
+  """
+
+  def __init__(self, traced, leaves, rules, computed):
     self.traced = traced
     self.leaf = dict(zip(traced.paths, leaves, strict=True))
     self.rules = rules
+    self.computed = computed
     self.stored: dict[str, Storage] = {}
     self.owner: dict[str, str] = {}
     self.effective: dict[str, Storage] = {}
     self.notes: list[str] = []
 
-  def build(self) -> Plan:
+  def build(self, strict: bool) -> Plan:
     found = {}
     for site in self.traced.analysis.sites:
-      rule = self.rules.get(site.id)
+      rule = _for_kind(site, self.rules.get(site.id))
       fold = self.place(site, rule) if rule is not None else False
       found[site.id] = self.site_plan(site, rule, fold)
     if not any(s.rule for s in found.values()):
@@ -92,10 +167,14 @@ class _Builder:
       sites=found,
       leaves=self.stored,
       effective=self.effective,
-      captured=tracing.closed_over(self.traced, list(self.leaf.values())),
+      captured=tracing.closed_over(self.traced),
       parameters={k: _bytes(v) for k, v in self.leaf.items()},
-      notes=tuple(self.notes),
+      notes=tuple(dict.fromkeys(self.notes)),
+      strict=strict,
     )
+
+  def is_effective(self, site) -> bool:
+    return site.derivation == 'effective' or site.id in self.computed
 
   def place(self, site, rule) -> bool:
     """Decides where a site's weight is stored; returns whether it folds."""
@@ -105,11 +184,11 @@ class _Builder:
       return False
     fold = rule.fold and site.fold is not None and site.kind != 'gather'
     fold = fold and not self.shared_leaf(site)
-    if site.derivation == 'effective' or fold:
+    if self.is_effective(site) or fold:
       self.effective[site.id] = self.operand_storage(site, quantizer)
       return fold
-    for part, path in enumerate(site.paths):
-      self.place_leaf(site, part, path, quantizer)
+    for part, leaf in enumerate(site.view.leaves):
+      self.place_leaf(site, part, self.traced.paths[leaf], quantizer)
     return False
 
   def shared_leaf(self, site) -> bool:
@@ -130,7 +209,7 @@ class _Builder:
       kind = (
         'a product with a weight'
         if site.side
-        else ('a product of two activations')
+        else 'a product of two activations'
       )
       raise ValueError(
         f'site {site.id!r} is {kind}: a rule for it takes {sorted(wants)}, got '
@@ -159,9 +238,9 @@ class _Builder:
     )
 
   def operand_storage(self, site, quantizer) -> Storage:
-    """Storage in the axes of the product's operand, loops in front."""
-    loops = len(site.weight_loops)
-    shape = (*site.weight_loops, *site.weight_shape)
+    """Storage in the axes of the product's operand, layer loops in front."""
+    loops = len(site.loops)
+    shape = (*site.loops, *site.weight_shape)
     layout = Layout.of(
       shape,
       tuple(loops + i for i in site.dims.w_contract),
@@ -180,7 +259,7 @@ class _Builder:
       for i in range(leaf.ndim)
       if i not in (*k_axes, *n_axes, *batch, *view.loops) and leaf.shape[i] != 1
     ]
-    loop_axes = (*view.loops, *indexed, *batch)
+    loop_axes = tuple(dict.fromkeys((*view.loops, *indexed, *batch)))
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise TypeError(f'parameter {path!r} is {leaf.dtype}, not floating point')
     order = _stored_order(site, view, part, k_axes)
@@ -203,8 +282,11 @@ class _Builder:
   def check_shared(self, found):
     """A stored parameter has one value: every use of it sees the codes."""
     for site in self.traced.analysis.sites:
-      for path in site.paths if site.view is not None else ():
-        if path in self.stored and found[site.id].rule is None:
+      own = found[site.id].rule
+      if site.view is None or site.id in self.effective:
+        continue
+      for path in site.paths:
+        if path in self.stored and (own is None or own.weight is None):
           raise ValueError(
             f'parameter {path!r} is quantized at {self.owner[path]!r} but left '
             f'in float at {site.id!r}, and it is stored once. Give both uses '
@@ -212,11 +294,13 @@ class _Builder:
           )
 
   def site_plan(self, site, rule, fold) -> SitePlan:
+    computed = self.is_effective(site) or fold
+    weight_loops = site.loops if computed else site.weight_loops
     matrix: tuple[int, ...] = ()
     if site.side is not None and site.dims is not None:
       shape = site.weight_shape
       matrix = (
-        *site.weight_loops,
+        *weight_loops,
         *(shape[i] for i in site.dims.w_batch),
         math.prod(shape[i] for i in site.dims.w_contract),
         math.prod(shape[i] for i in site.dims.w_free),
@@ -225,9 +309,9 @@ class _Builder:
       id=site.id,
       kind=site.kind,
       paths=site.paths,
-      derivation=site.derivation,
+      derivation='effective' if self.is_effective(site) else site.derivation,
       loops=site.loops,
-      weight_loops=site.weight_loops,
+      weight_loops=weight_loops,
       matrix=matrix,
       macs=site.macs,
       rule=rule,
@@ -237,6 +321,14 @@ class _Builder:
       fold=fold,
       tensors=(site.lhs, site.rhs, site.out),
     )
+
+
+def _for_kind(site: sites_lib.Site, rule: Rule | None) -> Rule | None:
+  """A rule without what a site has not: a lookup's input is an index."""
+  if rule is None or site.kind != 'gather' or rule.input is None:
+    return rule
+  rule = dataclasses.replace(rule, input=None)
+  return rule if rule.quantizers else None
 
 
 def _stored_order(site, view, part, k_axes) -> tuple[int, ...]:
@@ -279,94 +371,8 @@ def check_activation(site: sites_lib.Site, role: str, q: Quantizer) -> None:
 
 
 def _bytes(leaf: Any) -> tuple[int, int]:
+  """(bytes, elements) of a parameter; keys count their raw words."""
   size = math.prod(leaf.shape)
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return leaf.dtype.itemsize * size, size
   return size * jnp.dtype(leaf.dtype).itemsize, size
-
-
-# Proving it on shapes --------------------------------------------------------
-
-
-def settle(
-  traced: tracing.Traced,
-  leaves: Sequence[Any],
-  inputs: Sequence[Any],
-  plan: Plan,
-) -> Plan:
-  """Checks a plan by running it on shapes; decides what need not be stored.
-
-  Parameters that only effective weights use are dropped.
-  """
-  candidates = {
-    path
-    for site in plan.effective
-    for path in plan.sites[site].paths
-    if path not in plan.leaves
-  }
-  candidates |= _map_parameters(traced, plan)
-  while True:
-    try:
-      draft = dataclasses.replace(plan, dropped=tuple(sorted(candidates)))
-      variables = abstract_variables(traced, leaves, draft)
-      _check(traced, variables, inputs, draft)
-      return draft
-    except LostError as error:
-      if error.path not in candidates:
-        raise _planning_error(traced, error) from None
-      candidates.discard(error.path)
-
-
-def _planning_error(traced, error: LostError) -> ValueError:
-  uses = traced.analysis.other_uses.get(error.path, ())
-  also = f' It is also read by: {", ".join(uses)}.' if uses else ''
-  return ValueError(f'{error}{also}')
-
-
-def _map_parameters(traced, plan) -> set[str]:
-  """Parameters that folded maps are computed from."""
-  return {
-    traced.paths[i]
-    for site in traced.analysis.sites
-    if site.id in plan.folded
-    for i in site.fold.leaves
-  } - set(plan.leaves)
-
-
-def abstract_variables(
-  traced: tracing.Traced, leaves: Sequence[Any], plan: Plan
-) -> tuple[list[Any], dict[str, Any]]:
-  """(parameter leaves, state) of a plan as shapes."""
-  weights = [
-    plan.leaves[p].abstract()
-    if p in plan.leaves
-    else Dropped(tuple(leaf.shape), str(leaf.dtype))
-    if p in plan.dropped
-    else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    for p, leaf in zip(traced.paths, leaves, strict=True)
-  ]
-  state: dict[str, Any] = {}
-  sites = {s.id: s for s in traced.analysis.sites}
-  for name, storage in plan.effective.items():
-    state[name] = {'effective': storage.abstract()}
-    if name in plan.folded:
-      site = sites[name]
-      n = site.out[site.fold.axis]
-      shape = (*site.weight_loops, n)
-      state[name]['fold'] = {'shift': jax.ShapeDtypeStruct(shape, site.dtype)}
-  for name, roles in plan.static.items():
-    loops = sites[name].loops
-    for role, q in roles.items():
-      state.setdefault(name, {})[role] = ops.abstract_range(q, loops)
-  return weights, state
-
-
-def _check(traced, variables, inputs, plan):
-  weights, state = variables
-  handler = rewrites.deploying(plan)
-
-  def run(weights, inputs, state):
-    rewriter = rewrites.evaluator(
-      traced, weights, plan, handler, folded=plan.folded
-    )
-    return rewriter.run(inputs, state)[0]
-
-  jax.eval_shape(run, weights, list(inputs), state)

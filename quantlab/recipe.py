@@ -47,7 +47,7 @@ class Rule:
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> Rule:
-    fields = {
+    fields: dict[str, Any] = {
       k: v if k == 'fold' else Quantizer.from_json(v) for k, v in data.items()
     }
     return cls(**fields)
@@ -68,7 +68,7 @@ class Optional:
 def rule(
   *,
   weight: Quantizer | None = None,
-  input: Quantizer | None = None,  # noqa: A002 (the field's word)
+  input: Quantizer | None = None,
   output: Quantizer | None = None,
   lhs: Quantizer | None = None,
   rhs: Quantizer | None = None,
@@ -115,9 +115,16 @@ def _as_rule(value: Any, pattern: str) -> Rule | None:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Ordered (pattern, rule, optional) triples; made by `recipe`."""
+  """Ordered (pattern, rule, optional) triples; made by `recipe`.
+
+  Attributes:
+    entries: the triples.
+    strict: False dequantizes a quantized parameter where an operation has no
+      rule for codes, and notes it; True refuses such a plan.
+  """
 
   entries: tuple[tuple[str, Rule | None, bool], ...]
+  strict: bool = True
 
   def resolve(self, sites: Sequence[Site]) -> dict[str, Rule | None]:
     """The rule of every site that a pattern matches.
@@ -186,8 +193,12 @@ def _names(sites: Sequence[Site], limit: int = 12) -> str:
   return ', '.join(ids[:limit]) + more
 
 
-def recipe(rules: Mapping[str, Any] | Recipe) -> Recipe:
+def recipe(rules: Mapping[str, Any] | Recipe, *, strict: bool = True) -> Recipe:
   """An ordered recipe from `{pattern: quantizer | rule | None}`.
+
+  Args:
+    rules: first match wins; see the module.
+    strict: see `Recipe`.
 
   Raises:
     TypeError: a pattern is not a string, or a rule is not a rule.
@@ -213,4 +224,4 @@ def recipe(rules: Mapping[str, Any] | Recipe) -> Recipe:
     entries.append(
       (pattern, _as_rule(inner, pattern), isinstance(value, Optional))
     )
-  return Recipe(tuple(entries))
+  return Recipe(tuple(entries), strict)

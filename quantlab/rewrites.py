@@ -10,18 +10,19 @@ state is needed. All of them are one rewrite with different handlers.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 
 from quantlab import ops
 from quantlab.core import QParams, QTensor
-from quantlab.graph import folds, rewrite, tracing
-from quantlab.graph.sites import Site
+from quantlab.graph import known, rewrite, tracing
+from quantlab.graph.sites import NOTHING, Site
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
+from quantlab.recipe import Rule
 
 VARIABLES = frozenset({'weights', 'sites', 'effective'})
 
@@ -77,22 +78,48 @@ def _need(site, role, quantizer, state) -> QParams | None:
   return found if quantizer.static else None
 
 
+def _shifted(site, out, state):
+  """The product with the shift of a folded map added."""
+  shift = state.get('fold', {}).get('shift')
+  if shift is None:
+    return out
+  shape = [1] * out.ndim
+  shape[site.fold.axis] = -1
+  return out + shift.reshape(shape).astype(out.dtype)
+
+
+def _output(site, rule, out, state):
+  """The product with its shift added, quantized if the rule says so."""
+  out = _shifted(site, out, state)
+  if rule is None or rule.output is None:
+    return out
+  given = _need(site, 'output', rule.output, state)
+  bits = state.get('output', {}).get('bits')
+  return ops.fake_quantize_activation(
+    out, rule.output, site.dims, 'output', given, bits
+  )
+
+
+def computing(site, lhs, rhs, default, state):
+  """The float product, with what is folded into it."""
+  return _shifted(site, default(lhs, rhs), state), None
+
+
 def simulating(plan: Plan) -> rewrite.Handler:
   """Fake quantization of every operand; differentiable (straight-through)."""
 
   def handler(site, lhs, rhs, default, state):
-    rule = plan.sites[site.id].rule
+    rule = plan.sites[site.id].rule or Rule()
     operands = {'lhs': lhs, 'rhs': rhs}
+    roles = {'lhs': 'lhs', 'rhs': 'rhs'}
     if site.side is not None:
-      other = 'lhs' if site.side == 'rhs' else 'rhs'
+      del roles[site.side]
+      roles = dict.fromkeys(roles, 'input')
       if rule.weight is not None:
         bits = state.get('weight', {}).get('bits')
         operands[site.side] = ops.fake_quantize_weight(
           operands[site.side], rule.weight, site.dims, bits
         )
-      roles = {other: 'input'} if site.kind != 'gather' else {}
-    else:
-      roles = {'lhs': 'lhs', 'rhs': 'rhs'}
     for operand, role in roles.items():
       quantizer = getattr(rule, role)
       if quantizer is not None:
@@ -114,51 +141,42 @@ def deploying(plan: Plan | None) -> rewrite.Handler:
   """Products on codes, with low-bit kernels where the plan says so."""
 
   def handler(site, lhs, rhs, default, state):
-    known = plan.sites.get(site.id) if plan is not None else None
-    rule = known.rule if known is not None else None
-    if site.kind == 'gather' and isinstance(lhs, QTensor):
-      out = ops.embed(lhs, rhs, site.dims)
-    elif site.side is None and rule is not None:
-      given = {
-        r: _need(site, r, q, state)
-        for r, q in rule.quantizers.items()
-        if r in ('lhs', 'rhs')
-      }
-      out = ops.activation_product(site, lhs, rhs, rule, given, default)
-    else:
-      quantizer = rule.input if rule is not None else None
-      given = quantizer and _need(site, 'input', quantizer, state)
-      out = ops.product(site, lhs, rhs, quantizer, given, default)
-    shift = state.get('fold', {}).get('shift')
-    if shift is not None:
-      shape = [1] * out.ndim
-      shape[site.fold.axis] = -1
-      out = out + shift.reshape(shape).astype(out.dtype)
-    return (out if rule is None else _output(site, rule, out, state)), None
+    known_site = plan.sites.get(site.id) if plan is not None else None
+    rule = known_site.rule if known_site is not None else None
+    return _output(
+      site, rule, _product(rule, site, lhs, rhs, default, state), state
+    ), None
 
   return handler
 
 
-def _output(site, rule, out, state):
-  if rule.output is None:
-    return out
-  given = _need(site, 'output', rule.output, state)
-  return ops.fake_quantize_activation(
-    out, rule.output, site.dims, 'output', given
-  )
+def _product(rule, site, lhs, rhs, default, state):
+  """A product on codes, as its rule says."""
+  if site.kind == 'gather' and isinstance(lhs, QTensor):
+    return ops.embed(lhs, rhs, site.dims)
+  if rule is None:
+    lhs, rhs = (
+      v.dequantize() if isinstance(v, QTensor) else v for v in (lhs, rhs)
+    )
+    return default(lhs, rhs)
+  if site.side is None:
+    given = {
+      r: _need(site, r, q, state)
+      for r, q in rule.quantizers.items()
+      if r in ('lhs', 'rhs')
+    }
+    return ops.activation_product(site, lhs, rhs, rule, given, default)
+  qparams = None
+  if rule.input is not None:
+    qparams = _need(site, 'input', rule.input, state)
+  return ops.product(site, lhs, rhs, rule.input, qparams, default)
 
 
-def observing(
-  observer: Observer, inner: rewrite.Handler | None = None
-) -> rewrite.Handler:
+def observing(observer: Observer, inner: rewrite.Handler) -> rewrite.Handler:
   """Statistics of every product, computed as `inner` computes it."""
 
   def handler(site, lhs, rhs, default, state):
-    out, _ = (
-      (default(lhs, rhs), None)
-      if inner is None
-      else inner(site, lhs, rhs, default, state)
-    )
+    out, _ = inner(site, lhs, rhs, default, state)
     stat = observer.init(site)
     if stat is not None:
       stat = observer.update(site, stat, lhs, rhs, out, state)
@@ -170,8 +188,52 @@ def observing(
 # The transforms ---------------------------------------------------------------
 
 
+class _Rewrite:
+  """A rewritten function: traced once and compiled once for each signature.
+
+  Args:
+    apply: the user's function.
+    plan: whose sites the trace must not exceed, if there is one.
+    evaluate: `(traced, leaves, inputs, state) -> result`.
+  """
+
+  def __init__(self, apply: Callable, plan: Plan | None, evaluate: Callable):
+    self.tracer = tracing.Tracer(apply, plan.captured if plan else None)
+    self.plan = plan
+    self.evaluate = evaluate
+    self.name = getattr(apply, '__name__', 'apply')
+
+  def __call__(self, variables, args, kwargs):
+    weights, state = _split(variables)
+    traced, leaves, inputs = self.tracer(weights, args, kwargs)
+    if self.plan is not None:
+      _check_state(self.plan, state)
+    # Compiled also where it is called eagerly: loops are not rebuilt each time.
+    run = traced.compiled.get('run')
+    if run is None:
+      if self.plan is not None:
+        self.plan.check_known(traced.analysis)
+      run = traced.compiled['run'] = self._compile(traced)
+    return run(leaves, inputs, state)
+
+  def _compile(self, traced):
+    def run(leaves, inputs, state):
+      return self.evaluate(traced, leaves, inputs, state)
+
+    run.__name__ = run.__qualname__ = self.name
+    return jax.jit(run)
+
+
+def _check_state(plan: Plan, state: Mapping[str, Any]) -> None:
+  unknown = [k for k in state if k not in plan.sites]
+  if unknown:
+    raise ValueError(
+      f'state for unknown sites {unknown}; known: {list(plan.sites)}'
+    )
+
+
 def quantized(
-  apply: Callable, plan: Plan | None = None, *, strict: bool = True
+  apply: Callable, plan: Plan | None = None, *, strict: bool | None = None
 ) -> Callable:
   """`apply` on quantized variables.
 
@@ -180,30 +242,37 @@ def quantized(
     plan: how to compute; without one every product with a QTensor runs on
       dequantized weights.
     strict: a QTensor that reaches an operation without a rule is an error;
-      False dequantizes it there.
+      False dequantizes it there, with a warning. By default as the plan says,
+      and strict without one.
 
   Returns:
     A function of `(variables, *args, **kwargs)`, where variables may be a
     plain parameter tree with QTensor leaves. Wrap it in `jax.jit`.
   """
-  tracer = tracing.Tracer(apply, plan.captured if plan else None)
   handler = deploying(plan)
+  if strict is None:
+    strict = plan.strict if plan is not None else True
 
-  @functools.wraps(apply)
-  def run(variables, *args, **kwargs):
-    traced, leaves, inputs, state = _trace(
-      tracer, variables, args, kwargs, plan
-    )
-    rewriter = evaluator(
+  def evaluate(traced, leaves, inputs, state):
+    evaluator = evaluator_of(
       traced,
       leaves,
-      plan,
+      _chosen(plan),
       handler,
       strict=strict,
       folded=plan.folded if plan else frozenset(),
     )
-    outs, _ = rewriter.run(inputs, state)
+    outs, _ = evaluator.run(inputs, state)
+    if plan is None:  # a plan has its notes already
+      for note in dict.fromkeys(evaluator.report):
+        warnings.warn(note, stacklevel=2)
     return jax.tree.unflatten(traced.program.out_tree, outs)
+
+  rewritten = _Rewrite(apply, plan, evaluate)
+
+  @functools.wraps(apply)
+  def run(variables, *args, **kwargs):
+    return rewritten(variables, args, kwargs)
 
   return run
 
@@ -211,27 +280,31 @@ def quantized(
 def fake_quantized(apply: Callable, plan: Plan) -> Callable:
   """`apply` with simulated quantization, on float variables; differentiable.
 
-  Bit-widths may be traced: `variables['sites'][site]['weight']['bits']` (and
-  'input', 'lhs', 'rhs') is an array, with the loop axes of a scanned site, so
-  one compiled function serves every assignment. BatchNorms that the plan folds
-  stay in the program; the unfolded kernel is quantized (per channel the two
-  are the same up to rounding).
+  What is simulated is what `ql.quantized` deploys: BatchNorms that the plan
+  folds are folded here too, and the effective weight is quantized. Bit-widths
+  may be traced: `variables['sites'][site]['weight']['bits']` (and 'input',
+  'lhs', 'rhs', 'output') is an array, with the loop axes of a scanned site, so
+  one compiled function serves every assignment.
 
   Returns:
     A function of `(params or variables, *args, **kwargs)`.
   """
-  tracer = tracing.Tracer(apply, plan.captured)
   handler = simulating(plan)
+
+  def evaluate(traced, leaves, inputs, state):
+    _refuse_codes(leaves, traced.paths)
+    state = fold(traced, leaves, plan, state)
+    evaluator = evaluator_of(
+      traced, leaves, _chosen(plan), handler, folded=plan.folded
+    )
+    outs, _ = evaluator.run(inputs, state)
+    return jax.tree.unflatten(traced.program.out_tree, outs)
+
+  rewritten = _Rewrite(apply, plan, evaluate)
 
   @functools.wraps(apply)
   def run(variables, *args, **kwargs):
-    traced, leaves, inputs, state = _trace(
-      tracer, variables, args, kwargs, plan
-    )
-    _refuse_codes(leaves, traced.paths)
-    rewriter = evaluator(traced, leaves, plan, handler)
-    outs, _ = rewriter.run(inputs, state)
-    return jax.tree.unflatten(traced.program.out_tree, outs)
+    return rewritten(variables, args, kwargs)
 
   return run
 
@@ -240,7 +313,8 @@ def observe(
   apply: Callable,
   observer: Observer,
   plan: Plan | None = None,
-  mapped: frozenset[str] = frozenset(),
+  *,
+  quantize: bool = True,
 ) -> Callable:
   """`apply` that also returns statistics keyed by site.
 
@@ -251,62 +325,60 @@ def observe(
     apply: the user's function.
     observer: what to measure; see `Observer`.
     plan: observe the quantized program instead of the float one.
-    mapped: sites whose following affine map (BatchNorm) is to be measured:
-      their statistics hold it under 'scale' and 'shift'.
+    quantize: False observes the float program, with the BatchNorms folded
+      that the plan folds.
 
   Returns:
     A function of `(variables, *args, **kwargs)` that returns
     `(output, {site id: statistics})`.
   """
-  tracer = tracing.Tracer(apply, plan.captured if plan else None)
+  inner = deploying(plan) if plan is not None and quantize else computing
 
-  @functools.wraps(apply)
-  def run(variables, *args, **kwargs):
-    traced, leaves, inputs, state = _trace(
-      tracer, variables, args, kwargs, plan
-    )
+  def evaluate(traced, leaves, inputs, state):
     wanted = frozenset(
       s.id for s in traced.analysis.sites if observer.init(s) is not None
     )
-    chosen = wanted | frozenset(plan.quantized if plan else ())
-    inner = deploying(plan) if plan else None
-    rewriter = rewrite.Evaluator(
-      traced.program,
-      traced.analysis,
+    if plan is not None and not quantize:
+      state = fold(traced, leaves, plan, state)
+      chosen = wanted | plan.folded
+    else:
+      chosen = wanted | _chosen(plan)
+    evaluator = evaluator_of(
+      traced,
       leaves,
-      traced.paths,
-      traced.constant_leaf,
       chosen,
       observing(observer, inner),
-      observer,
+      monoid=observer,
       folded=plan.folded if plan else frozenset(),
-      mapped=mapped,
     )
-    outs, stats = rewriter.run(inputs, state)
+    outs, stats = evaluator.run(inputs, state)
     return jax.tree.unflatten(traced.program.out_tree, outs), stats
+
+  rewritten = _Rewrite(apply, plan, evaluate)
+
+  @functools.wraps(apply)
+  def run(variables, *args, **kwargs):
+    return rewritten(variables, args, kwargs)
 
   return run
 
 
-def _trace(tracer, variables, args, kwargs, plan):
-  weights, state = _split(variables)
-  traced, leaves, inputs = tracer(weights, args, kwargs)
-  if plan is not None:
-    plan.check_known(traced.analysis)
-    unknown = [k for k in state if k not in plan.sites]
-    if unknown:
-      raise ValueError(
-        f'state for unknown sites {unknown}; known: {list(plan.sites)}'
-      )
-  return traced, leaves, inputs, state
+def _chosen(plan: Plan | None) -> frozenset[str]:
+  return frozenset(plan.quantized) if plan is not None else frozenset()
 
 
-def evaluator(traced, leaves, plan, handler, **options):
-  """An evaluator of the plan's quantized sites."""
-  chosen = frozenset(plan.quantized) if plan is not None else frozenset()
+def evaluator_of(
+  traced: tracing.Traced,
+  leaves: Sequence[Any],
+  chosen: frozenset[str],
+  handler: rewrite.Handler,
+  **options: Any,
+) -> rewrite.Evaluator:
+  """The evaluator of a traced call."""
+  plain = not chosen and not any(map(tracing.is_stored, leaves))
   return rewrite.Evaluator(
     traced.program,
-    traced.analysis,
+    NOTHING if plain else traced.analysis,
     leaves,
     traced.paths,
     traced.constant_leaf,
@@ -314,6 +386,19 @@ def evaluator(traced, leaves, plan, handler, **options):
     handler,
     **options,
   )
+
+
+def fold(
+  traced: tracing.Traced, leaves: Sequence[Any], plan: Plan, state: Mapping
+) -> dict[str, dict[str, Any]]:
+  """`state` with the dense effective weights and shifts of folded sites."""
+  found = known.weights(traced, leaves, plan.folded, plan.folded)
+  new = {k: dict(v) for k, v in state.items()}
+  for name, stat in found.items():
+    mine = new.setdefault(name, {})
+    mine['effective'] = stat['weight']
+    mine['fold'] = {'shift': stat['shift']}
+  return new
 
 
 def _refuse_codes(leaves, paths):
@@ -327,75 +412,3 @@ def _refuse_codes(leaves, paths):
       f'fake_quantized takes float parameters; these are stored as codes: '
       f'{coded[:5]}. Use ql.quantized for them.'
     )
-
-
-# Effective weights ------------------------------------------------------------
-
-
-class _Weights:
-  """Observer of weight operands (and of the affine maps to be folded)."""
-
-  def __init__(self, plan: Plan):
-    self.plan = plan
-
-  def init(self, site):
-    if site.id not in self.plan.effective:
-      return None
-    shape = site.weight_shape
-    stat = {'weight': jnp.zeros(shape, site.dtype)}
-    if site.id in self.plan.folded:
-      return {**stat, **self._map(site)}
-    return stat
-
-  def _map(self, site):
-    scale, shift = folds.identity(site.out, site.fold.axis, site.dtype)
-    return {'scale': scale, 'shift': shift}
-
-  def update(self, site, stat, lhs, rhs, out, state):
-    return {**stat, 'weight': rhs if site.side == 'rhs' else lhs}
-
-  def merge(self, site, a, b):
-    return b  # the same weight at every step
-
-
-def effective_weights(
-  traced: tracing.Traced,
-  leaves: Sequence[Any],
-  inputs: Sequence[Any],
-  plan: Plan,
-) -> dict[str, dict[str, jax.Array]]:
-  """T(w) of every effective weight, loops in front, by site.
-
-  A folded site has its map's 'scale' already in 'weight', and 'shift'.
-  Inputs only give shapes: the weights do not depend on them.
-  """
-  if not plan.effective:
-    return {}
-  observer = _Weights(plan)
-  evaluate = rewrite.Evaluator(
-    traced.program,
-    traced.analysis,
-    leaves,
-    traced.paths,
-    traced.constant_leaf,
-    frozenset(plan.effective),
-    observing(observer),
-    observer,
-    mapped=plan.folded,
-  )
-  _, stats = evaluate.run(inputs, {})
-  sites = {s.id: s for s in traced.analysis.sites}
-  found = {}
-  for name, stat in stats.items():
-    weight = stat['weight']
-    found[name] = {'weight': weight}
-    if 'scale' in stat:
-      site = sites[name]
-      loops = weight.shape[: len(site.weight_loops)]
-      [axis] = site.dims.w_free
-      shape = [1] * len(site.weight_shape)
-      shape[axis] = -1
-      scale = stat['scale'].reshape(*loops, *shape).astype(weight.dtype)
-      shift = stat['shift'].reshape(*loops, -1)
-      found[name] = {'weight': weight * scale, 'shift': shift}
-  return found

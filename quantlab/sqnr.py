@@ -16,16 +16,15 @@ import jax.numpy as jnp
 from quantlab import rewrites
 from quantlab.calibration.batches import checked
 from quantlab.core import QTensor
-from quantlab.graph import folds, tracing
+from quantlab.graph import tracing
 from quantlab.ptq.model import Quantized
 
 
 class _Products:
   """Observer of the product and the weight of each chosen site."""
 
-  def __init__(self, chosen: Iterable[str], mapped: Iterable[str]):
+  def __init__(self, chosen: Iterable[str]):
     self.chosen = frozenset(chosen)
-    self.mapped = frozenset(mapped)
 
   def init(self, site):
     shared = {'while', 'cond'} & set(site.inside)
@@ -35,10 +34,6 @@ class _Products:
     stat: dict[str, Any] = {'out': jnp.zeros(site.out, site.out_dtype)}
     if site.side is not None:
       stat['weight'] = jnp.zeros(site.weight_shape, site.dtype)
-    if site.id in self.mapped:
-      stat['scale'], stat['shift'] = folds.identity(
-        site.out, site.fold.axis, site.dtype
-      )
     return stat
 
   def update(self, site, stat, lhs, rhs, out, state):
@@ -69,11 +64,9 @@ def site_sqnr(
     left out: their product is not one array.
   """
   plan = model.plan
-  folded = plan.folded
-  plain = rewrites.observe(
-    apply, _Products(plan.quantized, folded), mapped=folded
-  )
-  coded = rewrites.observe(apply, _Products(plan.quantized, ()), plan)
+  observer = _Products(plan.quantized)
+  plain = rewrites.observe(apply, observer, plan, quantize=False)
+  coded = rewrites.observe(apply, observer, plan)
   tracer = tracing.Tracer(apply, plan.captured)
 
   @jax.jit
@@ -98,17 +91,10 @@ def site_sqnr(
 
 def _powers(site, plain, coded):
   """Sums of squares of signal and noise over all but the loop axes."""
-  out, weight = plain['out'], plain.get('weight')
-  if 'scale' in plain:  # what folding put into the product and its weight
-    out = out * plain['scale'] + plain['shift']
-    [axis] = site.dims.w_free
-    shape = [1] * len(site.weight_shape)
-    shape[axis] = -1
-    loops = weight.shape[: len(site.weight_loops)]
-    weight = weight * plain['scale'].reshape(*loops, *shape)
-  found = {'output': _pair(out, coded['out'], len(site.loops))}
-  if weight is not None:
-    found['weight'] = _pair(weight, coded['weight'], len(site.loops))
+  loops = len(site.loops)
+  found = {'output': _pair(plain['out'], coded['out'], loops)}
+  if 'weight' in plain:
+    found['weight'] = _pair(plain['weight'], coded['weight'], loops)
   return found
 
 

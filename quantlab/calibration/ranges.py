@@ -101,6 +101,9 @@ def calibrate(
 ) -> dict[str, dict[str, dict[str, jax.Array]]]:
   """Parameters of every static quantizer: {site: {role: {scale, ...}}}.
 
+  Ranges are those of the float program, with the BatchNorms folded that the
+  plan folds (what is then quantized is the folded product).
+
   Args:
     apply, params: the float model.
     plan: says which operands have static quantizers.
@@ -114,12 +117,13 @@ def calibrate(
   if not static:
     return {}
   extremes = _stream(
-    rewrites.observe(apply, Extremes(static)),
+    rewrites.observe(apply, Extremes(static), plan, quantize=False),
     params,
     batches,
     Extremes(static),
     watch=True,
   )
+  _refuse_unseen(extremes)
   searched = {
     site: {r: q for r, q in roles.items() if _needs_counts(q)}
     for site, roles in static.items()
@@ -129,7 +133,7 @@ def calibrate(
   if searched:
     state = {k: {r: extremes[k][r] for r in v} for k, v in searched.items()}
     counts = _stream(
-      rewrites.observe(apply, Histogram(searched)),
+      rewrites.observe(apply, Histogram(searched), plan, quantize=False),
       {'weights': params, 'sites': state},
       batches,
       Histogram(searched),
@@ -159,11 +163,27 @@ def _stream(observed, variables, batches, monoid, watch=False):
 def _refuse_nonfinite(stats, index):
   for site, roles in jax.device_get(stats).items():
     for role, found in roles.items():
-      if not all(np.isfinite(v).all() for v in found.values()):
+      # An untaken branch leaves the identity: the range from inf to -inf.
+      lo, hi = found['lo'], found['hi']
+      fine = np.isfinite(lo) & np.isfinite(hi) | (lo == np.inf) & (
+        hi == -np.inf
+      )
+      if not fine.all():
         raise ValueError(
           f'calibration batch {index} gives values that are not finite (NaN '
           f'or infinity) in the {role} of site {site!r}; remove the batch, or '
           'leave the site in float'
+        )
+
+
+def _refuse_unseen(extremes):
+  for site, roles in jax.device_get(extremes).items():
+    for role, found in roles.items():
+      if np.isinf(found['lo']).any():
+        raise ValueError(
+          f'no calibration batch reaches site {site!r}, whose {role} has a '
+          'static range: it lies in a branch or a loop that never ran. Add a '
+          'batch that runs it, or give it a dynamic quantizer'
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax.extend import core as jex_core
 Literal = jex_core.Literal
 Var = jex_core.Var
 DropVar = jex_core.DropVar
+Jaxpr = jex_core.Jaxpr
 typeof = jax.typeof
 
 # Containers whose body is walked; `custom_vjp_call` is walked only where a
@@ -39,6 +41,63 @@ CALLS = {
   'custom_vjp_call': 'call_jaxpr',
   'custom_vjp_call_jaxpr': 'fun_jaxpr',
 }
+# All containers whose body is walked.
+CONTAINERS = frozenset([*CALLS, 'scan', 'shard_map', 'cond', 'while'])
+# Frequent primitives whose parameters hold no body (a fast test).
+_BODILESS = frozenset(
+  [
+    'add',
+    'sub',
+    'mul',
+    'div',
+    'neg',
+    'max',
+    'min',
+    'exp',
+    'log',
+    'tanh',
+    'sin',
+    'cos',
+    'rsqrt',
+    'sqrt',
+    'pow',
+    'integer_pow',
+    'logistic',
+    'select_n',
+    'eq',
+    'ne',
+    'lt',
+    'le',
+    'gt',
+    'ge',
+    'and',
+    'or',
+    'not',
+    'abs',
+    'sign',
+    'convert_element_type',
+    'broadcast_in_dim',
+    'reshape',
+    'transpose',
+    'squeeze',
+    'slice',
+    'concatenate',
+    'iota',
+    'pad',
+    'reduce_sum',
+    'reduce_max',
+    'reduce_min',
+    'argmax',
+    'stop_gradient',
+    'copy',
+  ]
+)
+# Primitives that multiply and sum.
+PRODUCTS = ('dot_general', 'conv_general_dilated', 'ragged_dot_general')
+# Types of parameters that hold no body (a fast test, made for every equation).
+_PLAIN = frozenset(
+  [int, float, bool, str, type(None), np.dtype, type(np.dtype('float32'))]
+)
 # The user's own derivative rule is lost when one of these is walked.
 CUSTOM_RULES = ('custom_jvp_call', 'custom_vjp_call', 'custom_vjp_call_jaxpr')
 
@@ -84,6 +143,20 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
   return getattr(jaxpr, 'jaxpr', jaxpr), getattr(jaxpr, 'consts', ()) or ()
 
 
+def all_consts(program: Program) -> list[Any]:
+  """Arrays that a program and the bodies in it close over."""
+  found = list(program.consts)
+
+  def visit(jaxpr):
+    for eqn in jaxpr.eqns:
+      for inner, consts in inner_jaxprs(eqn):
+        found.extend(consts)
+        visit(inner)
+
+  visit(program.jaxpr)
+  return found
+
+
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
   """Shape, dtype and weak type of an array, tracer or ShapeDtypeStruct."""
   if isinstance(x, jax.ShapeDtypeStruct):
@@ -100,19 +173,21 @@ def is_array(x: Any) -> bool:
   )
 
 
+_CONFIG = (
+  'jax_enable_x64',
+  'jax_default_matmul_precision',
+  'jax_numpy_dtype_promotion',
+  'jax_numpy_rank_promotion',
+  'jax_threefry_partitionable',
+  'jax_debug_nans',
+  'jax_disable_jit',
+)
+
+
 def config_key() -> tuple[Any, ...]:
   """Everything outside the arguments that a trace depends on."""
   mesh = jax.sharding.get_abstract_mesh()
-  return (
-    jax.config.jax_enable_x64,
-    jax.config.jax_default_matmul_precision,
-    jax.config.jax_numpy_dtype_promotion,
-    jax.config.jax_numpy_rank_promotion,
-    jax.config.jax_threefry_partitionable,
-    jax.config.jax_debug_nans,
-    jax.config.jax_disable_jit,
-    mesh,
-  )
+  return (*(getattr(jax.config, name) for name in _CONFIG), mesh)
 
 
 def inner_jaxprs(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
@@ -138,21 +213,28 @@ def inner_jaxprs(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
 
 def opaque_contractions(eqn: Any) -> int:
   """Number of products inside a primitive whose body is never walked."""
-  if inner_jaxprs(eqn):
+  if eqn.primitive.name in _BODILESS or not (bodies := _subs(eqn)):
+    return 0
+  if eqn.primitive.name in CONTAINERS:
     return 0
 
   def count(jaxpr):
-    names = ('dot_general', 'conv_general_dilated')
-    own = sum(e.primitive.name in names for e in jaxpr.eqns)
+    own = sum(e.primitive.name in PRODUCTS for e in jaxpr.eqns)
     return own + sum(count(s) for e in jaxpr.eqns for s in _subs(e))
 
-  return sum(count(s) for s in _subs(eqn))
+  return sum(count(s) for s in bodies)
 
 
 def _subs(eqn: Any) -> list[Any]:
+  """All bodies among an equation's parameters, walkable or not."""
   found = []
   for value in eqn.params.values():
-    for item in value if isinstance(value, tuple | list) else (value,):
+    kind = type(value)
+    if kind in _PLAIN:
+      continue
+    for item in value if kind in (tuple, list) else (value,):
+      if type(item) in _PLAIN:
+        continue
       jaxpr = getattr(item, 'jaxpr', item)
       if hasattr(jaxpr, 'eqns') and hasattr(jaxpr, 'invars'):
         found.append(jaxpr)
@@ -184,8 +266,23 @@ def while_counts(eqn: Any) -> tuple[int, int]:
   return eqn.params['cond_nconsts'], eqn.params['body_nconsts']
 
 
+def dtype_name(aval: Any) -> str:
+  return _dtype_name(aval.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _dtype_name(dtype: Any) -> str:
+  return str(dtype)  # slow in NumPy, and asked for every site
+
+
 def name_stack(eqn: Any) -> str:
   return str(eqn.source_info.name_stack)
+
+
+def function_name(eqn: Any) -> str:
+  """Name of the user's function that a call stands for."""
+  info = getattr(_subs(eqn)[0], 'debug_info', None)
+  return getattr(info, 'func_name', eqn.primitive.name)
 
 
 @contextlib.contextmanager
@@ -202,10 +299,63 @@ def eqn_context(eqn: Any):
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
   """Evaluates an equation exactly as it was traced."""
-  params = eqn.primitive.get_bind_params(eqn.params)
-  with eqn_context(eqn):
-    out = eqn.primitive.bind(*args, **params)
-  return list(out) if eqn.primitive.multiple_results else [out]
+  primitive, source = eqn.primitive, eqn.source_info
+  params = primitive.get_bind_params(eqn.params)
+  stack = source_info_util.current_name_stack() + source.name_stack
+  context = source_info_util.user_context(source.traceback, name_stack=stack)
+  manager = getattr(eqn.ctx, 'manager', None) or contextlib.nullcontext()
+  with context, manager:
+    out = primitive.bind(*args, **params)
+  return list(out) if primitive.multiple_results else [out]
+
+
+def bind_together(
+  jaxpr: Any,
+  eqns: Sequence[Any],
+  inputs: Sequence[Any],
+  outputs: Sequence[Any],
+  args: Sequence[Any],
+) -> list[Any]:
+  """Evaluates neighbouring equations as they were traced, as one call.
+
+  They are kept as they are instead of being traced one by one, so that a
+  rewrite costs little where it changes nothing.
+
+  Args:
+    jaxpr: the jaxpr that the equations are from; they have no effects.
+    eqns: the equations.
+    inputs: variables that they read and do not make.
+    outputs: variables that they make and that are wanted.
+    args: values of the inputs.
+  """
+  body = Jaxpr(
+    [],
+    list(inputs),
+    list(outputs),
+    list(eqns),
+    jex_core.no_effects,
+    jaxpr.debug_info.with_unknown_names(),
+  )
+  call = _jit_call(jax.sharding.get_abstract_mesh())
+  params = dict(call.params)
+  for name, count in (
+    ('in_shardings', len(inputs)),
+    ('in_layouts', len(inputs)),
+    ('donated_invars', len(inputs)),
+    ('out_shardings', len(outputs)),
+    ('out_layouts', len(outputs)),
+  ):
+    params[name] = params[name][:1] * count
+  params |= {'jaxpr': jex_core.ClosedJaxpr(body, ()), 'name': 'unchanged'}
+  bound = call.primitive.get_bind_params(params)
+  return list(call.primitive.bind(*args, **bound))
+
+
+@functools.lru_cache(maxsize=16)
+def _jit_call(mesh: Any) -> Any:
+  """An equation of `jit` in this mesh, whose parameters are a template."""
+  del mesh  # the context it stands for is the current one
+  return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0]
 
 
 def evaluate(program: Program, args: Sequence[Any]) -> list[Any]:

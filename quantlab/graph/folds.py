@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from quantlab.graph import _jaxpr
@@ -39,68 +40,80 @@ class Fold:
   leaves: tuple[int, ...]
 
 
-def find(jaxpr: Any, values: Mapping[Any, Any], start: int, axis: int) -> (
-  Fold | None
-):
-  """The chain after equation `start`, if it scales channels.
+class Finder:
+  """Finds the maps after the products of one jaxpr.
 
-  Args:
-    jaxpr: the equations around the product.
+  Attributes:
+    jaxpr: the equations.
     values: what the analysis knows of each variable.
-    start: index of the product.
-    axis: channel axis of its result.
   """
-  users = _users(jaxpr)
-  made = {v: e for e in jaxpr.eqns for v in e.outvars}
-  var, chain, end = jaxpr.eqns[start].outvars[0], [], 0
-  sides: list[bool] = []
-  leaves: set[int] = set()
-  while len(users.get(var, ())) == 1 and users[var][0] is not None:
-    i = users[var][0]
-    eqn = jaxpr.eqns[i]
-    if eqn.primitive.name not in _OPS:
-      break
+
+  def __init__(self, jaxpr: Any, values: Mapping[Any, Any]):
+    self.jaxpr = jaxpr
+    self.values = values
+    self.users: dict[Any, list[int]] = {}
+    self.made: dict[Any, Any] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+      for var in eqn.invars:
+        if not isinstance(var, _jaxpr.Literal):
+          self.users.setdefault(var, []).append(i)
+      for var in eqn.outvars:
+        self.made[var] = eqn
+    self.returned = {
+      v for v in jaxpr.outvars if not isinstance(v, _jaxpr.Literal)
+    }
+
+  def find(self, start: int, axis: int) -> Fold | None:
+    """The chain after equation `start`, if it scales channels.
+
+    Args:
+      start: index of the product.
+      axis: channel axis of its result.
+    """
+    var, end = self.jaxpr.eqns[start].outvars[0], 0
+    chain: list[int] = []
+    sides: list[bool] = []
+    leaves: set[int] = set()
+    while (i := self.only_use(var)) is not None:
+      eqn = self.jaxpr.eqns[i]
+      other = self.operand(eqn, var, axis)
+      if other is None:
+        break
+      chain.append(i)
+      sides.append(eqn.invars[0] is var)
+      literal = isinstance(other, _jaxpr.Literal)
+      if eqn.primitive.name in ('mul', 'div'):
+        end = end if literal else len(chain)
+      elif end:  # shifts after the last scale belong to the map
+        end = len(chain)
+      if not literal:
+        leaves |= self.values[other].deps
+      var = eqn.outvars[0]
+    if not end:
+      return None
+    kept = tuple(sorted(leaves))
+    return Fold(start, tuple(chain[:end]), tuple(sides[:end]), axis, kept)
+
+  def only_use(self, var: Any) -> int | None:
+    """Index of the one equation that reads a variable, if there is one."""
+    users = self.users.get(var, ())
+    return users[0] if len(users) == 1 and var not in self.returned else None
+
+  def operand(self, eqn: Any, var: Any, axis: int) -> Any:
+    """The other operand, if the equation is a per-channel map of `var`."""
+    name = eqn.primitive.name
+    if name not in _OPS or eqn.outvars[0].aval.dtype != var.aval.dtype:
+      return None
     left, right = eqn.invars
     other = right if left is var else left
-    swapped = left is not var
-    if swapped and eqn.primitive.name == 'div':
-      break
-    known = isinstance(other, _jaxpr.Literal) or not values[other].inputs
-    if not known or not _per_channel(other, made, axis):
-      break
-    if eqn.outvars[0].aval.dtype != var.aval.dtype:
-      break
-    chain.append(i)
-    sides.append(not swapped)
-    if not isinstance(other, _jaxpr.Literal):
-      leaves |= values[other].deps
-    scales = eqn.primitive.name in ('mul', 'div')
-    if scales and not isinstance(other, _jaxpr.Literal):
-      end = len(chain)
-    elif end:  # shifts after the last scale belong to the map
-      end = len(chain) if eqn.primitive.name in ('add', 'sub') else end
-    var = eqn.outvars[0]
-  if not end:
-    return None
-  return Fold(
-    start,
-    tuple(chain[:end]),
-    tuple(sides[:end]),
-    axis,
-    tuple(sorted(leaves)),
-  )
-
-
-def _users(jaxpr) -> dict[Any, list[int | None]]:
-  users: dict[Any, list[int | None]] = {}
-  for i, eqn in enumerate(jaxpr.eqns):
-    for var in eqn.invars:
-      if not isinstance(var, _jaxpr.Literal):
-        users.setdefault(var, []).append(i)
-  for var in jaxpr.outvars:
-    if not isinstance(var, _jaxpr.Literal):
-      users.setdefault(var, []).append(None)
-  return users
+    if name == 'div' and left is not var:
+      return None
+    if isinstance(other, _jaxpr.Literal):
+      return other
+    value = self.values[other]
+    if value.inputs or value.varies:
+      return None
+    return other if _per_channel(other, self.made, axis) else None
 
 
 def _per_channel(atom, made, axis) -> bool:
@@ -139,6 +152,20 @@ def step(eqn: Any, left_is_chain: bool, other: Any, axis: int, ab: Any) -> Any:
 
 
 def identity(out: Sequence[int], axis: int, dtype: Any) -> Any:
-  """The map `y * 1 + 0` of a product of shape `out`."""
+  """The map `y * 1 + 0` of a product of shape `out`, in float32 at least."""
   shape = [n if i == axis else 1 for i, n in enumerate(out)]
+  dtype = jnp.promote_types(dtype, jnp.float32)
   return jnp.ones(shape, dtype), jnp.zeros(shape, dtype)
+
+
+def into_weight(weight: jax.Array, scale: jax.Array, channel: int) -> jax.Array:
+  """The weight that gives `product * scale`, in the weight's dtype.
+
+  Args:
+    weight: one layer's operand.
+    scale: of the product's rank, see `step`.
+    channel: output axis of the weight.
+  """
+  shape = [1] * weight.ndim
+  shape[channel] = -1
+  return (weight * scale.reshape(shape)).astype(weight.dtype)

@@ -1,28 +1,29 @@
-"""The one rewrite: evaluates a traced program with its products replaced.
+"""The one rewrite: a program evaluated with its products replaced.
 
-Equations are replayed in their own context; containers (jit, scan, cond,
-while, remat) are rebuilt around their rewritten bodies only where a chosen
-site lies inside or a quantized value flows in, everything else is evaluated
-exactly as it was traced. `quantized`, `fake_quantized` and `observe` differ
-only in their handler.
+Every site that is chosen, or that a quantized weight reaches, goes through
+`handler(site, lhs, rhs, default, state)`. Other equations stay as they were
+traced, whole stretches at a time; containers (jit, scan, cond, while, remat)
+are rebuilt around their rewritten bodies only where a chosen site lies inside
+or a quantized value flows in. `quantized`, `fake_quantized` and `observe`
+differ only in their handler.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax import lax
+import jax.numpy as jnp
 
 from quantlab.core import LayoutError, QTensor
-from quantlab.graph import _jaxpr, folds
+from quantlab.graph import _jaxpr, layouts, statistics, stretches
 from quantlab.graph.sites import Analysis, Site
 from quantlab.graph.values import Dropped, Lost
 
 State = dict[str, Any]
-Stats = dict[str, Any]
+Stats = statistics.Stats
 
 
 class Handler(Protocol):
@@ -43,12 +44,12 @@ class Handler(Protocol):
   ) -> tuple[Any, Any]: ...
 
 
-class Monoid(Protocol):
-  """Statistics of a site: an identity and a merge."""
+class Failure(NamedTuple):
+  """A lost value that is needed: by a site, or (None) elsewhere."""
 
-  def init(self, site: Site) -> Any: ...
-
-  def merge(self, site: Site, a: Any, b: Any) -> Any: ...
+  site: str | None
+  where: str
+  lost: Lost
 
 
 @dataclasses.dataclass
@@ -68,9 +69,9 @@ class Evaluator:
       operation without a rule.
     folded: ids of the sites whose affine map is already in their weight:
       the equations of the map are skipped.
-    mapped: ids of the sites whose map is to be measured: their statistics
-      get the map's 'scale' and 'shift'.
     report: notes on rules that were dropped or weights dequantized.
+    failures: None raises where a lost value is needed; a list collects, and
+      the evaluation goes on with zeros.
   """
 
   program: _jaxpr.Program
@@ -80,13 +81,14 @@ class Evaluator:
   constant_leaf: Callable[[Any], int | None]
   chosen: frozenset[str]
   handler: Handler
-  monoid: Monoid | None = None
+  monoid: statistics.Monoid | None = None
   strict: bool = True
   folded: frozenset[str] = frozenset()
-  mapped: frozenset[str] = frozenset()
   report: list[str] = dataclasses.field(default_factory=list)
+  failures: list[Failure] | None = None
 
   def __post_init__(self):
+    self._by_id = {s.id: s for s in self.analysis.sites}
     self._touched = {
       s.address[: i + 1]
       for s in self.analysis.sites
@@ -96,7 +98,7 @@ class Evaluator:
     self._maps = {
       (*s.address[:-1], i): (s, left)
       for s in self.analysis.sites
-      if s.id in self.folded | self.mapped and s.fold
+      if s.id in self.folded and s.fold
       for i, left in zip(s.fold.chain, s.fold.left, strict=True)
     }
 
@@ -105,13 +107,12 @@ class Evaluator:
     values = [*map(_stored, self.leaves, self.paths), *args]
     p = self.program
     outs, stats = self._walk(p.jaxpr, p.consts, values, state, ())
-    for out in outs:
-      if isinstance(out, Lost):
-        raise out.error('the output of the function')
-    outs = [
-      self._dense(o, 'the output of the function') for o in outs
+    where = 'the output of the function'
+    dense = [
+      self._dense(out, where, var.aval)
+      for out, var in zip(outs, p.jaxpr.outvars, strict=True)
     ]
-    return outs, stats
+    return dense, stats
 
   # The walk -----------------------------------------------------------------
 
@@ -120,31 +121,52 @@ class Evaluator:
     for var, const in zip(jaxpr.constvars, consts, strict=True):
       leaf = self.constant_leaf(const)
       env[var] = (
-        const
-        if leaf is None
-        else _stored(self.leaves[leaf], self.paths[leaf])
+        const if leaf is None else _stored(self.leaves[leaf], self.paths[leaf])
       )
     env.update(zip(jaxpr.invars, args, strict=True))
+    uses = stretches.uses(jaxpr)
+    stops = {
+      i
+      for i, eqn in enumerate(jaxpr.eqns)
+      if (here := (*address, i)) in self._touched
+      or here in self._maps
+      or eqn.effects
+    }
+    for var, value in env.items():
+      if isinstance(value, QTensor | Lost):
+        stops.update(uses.get(var, ()))
 
     def read(atom):
       return atom.val if isinstance(atom, _jaxpr.Literal) else env[atom]
 
     stats: Stats = {}
-    last_use = _last_use(jaxpr)
+    waiting: list[int] = []
     for i, eqn in enumerate(jaxpr.eqns):
+      if i not in stops:
+        waiting.append(i)
+        continue
+      stretches.evaluate(jaxpr, waiting, env, uses)
+      waiting = []
       vals = [read(v) for v in eqn.invars]
-      site, left = self._maps.get((*address, i), (None, True))
-      if site is not None and site.id in self.folded:
-        outs, more = [vals[0 if left else 1]], {}
-      else:
-        outs, more = self._equation(eqn, vals, state, (*address, i))
-      if site is not None and site.id in self.mapped:
-        more = {site.id: _measure(eqn, site, left, vals, stats[site.id])}
-      stats.update(more)
-      env.update(zip(eqn.outvars, outs, strict=True))
-      for var in last_use.get(i, ()):
-        del env[var]
+      outs = self._step(eqn, vals, state, (*address, i), stats)
+      for var, out in zip(eqn.outvars, outs, strict=True):
+        env[var] = out
+        if isinstance(out, QTensor | Lost):
+          stops.update(uses.get(var, ()))
+    stretches.evaluate(jaxpr, waiting, env, uses)
     return [read(v) for v in jaxpr.outvars], stats
+
+  def _step(self, eqn, vals, state, address, stats) -> Sequence[Any]:
+    """Evaluates one equation; adds its statistics to `stats`."""
+    if address in self._maps:
+      return [self._mapped(eqn, *self._maps[address], vals, stats)]
+    outs, more = self._equation(eqn, vals, state, address)
+    stats.update(more)
+    return outs
+
+  def _mapped(self, eqn, site, left, vals, stats):
+    """One equation of a map that the weight already holds."""
+    return vals[0 if left else 1]
 
   def _equation(self, eqn, vals, state, address):
     site = self.analysis.at.get(address)
@@ -155,28 +177,30 @@ class Evaluator:
       return _jaxpr.bind(eqn, vals), {}
     name = eqn.primitive.name
     if _jaxpr.inner_jaxprs(eqn) and name != 'shard_map':
-      rule = _CONTAINERS.get(name, Evaluator._call)
-      return rule(self, eqn, vals, state, address)
-    return self._plain(eqn, vals), {}
+      rule = {
+        'scan': self._scan,
+        'while': self._while,
+        'cond': self._cond,
+      }.get(name, self._call)
+      return rule(eqn, vals, state, address)
+    return self._plain(eqn, vals, address), {}
 
-  def _plain(self, eqn, vals):
+  def _plain(self, eqn, vals, address):
     """An ordinary operation with a quantized operand: layout-only, or not."""
-    name = eqn.primitive.name
-    lost = next((v for v in vals if isinstance(v, Lost)), None)
-    if lost is not None:
-      return [lost] * len(eqn.outvars)
-    rule = _QTENSOR_RULES.get(name)
-    first = next(v for v in vals if isinstance(v, QTensor))
-    why = ''
-    if rule is not None:
-      try:
-        return [rule(eqn, vals)]
-      except LayoutError as error:
-        why = f' ({error})'
+    lost = [v for v in vals if isinstance(v, Lost)]
+    if lost:
+      return [Lost.of(lost)] * len(eqn.outvars)
+    name, why = eqn.primitive.name, ''
+    try:
+      found = layouts.follow(eqn, vals)
+      if found is not None:
+        return found
+    except LayoutError as error:
+      why = f' ({error})'
+    paths = self._paths_at(address, vals)
     if self.strict:
-      path = self._path_of(first)
-      return [Lost(path, name + why)] * len(eqn.outvars)
-    self.report.append(f'{self._path_of(first)}: dequantized for {name}')
+      return [Lost(paths, name + why)] * len(eqn.outvars)
+    self.report.append(f'{", ".join(paths)}: dequantized for {name}{why}')
     return _jaxpr.bind(eqn, [_densify(v) for v in vals])
 
   def _product(self, eqn, site, vals, state):
@@ -184,12 +208,15 @@ class Evaluator:
     lhs, rhs = vals[:2]
     if 'effective' in mine:
       lhs, rhs = (
-        (mine['effective'], rhs) if site.side == 'lhs'
+        (mine['effective'], rhs)
+        if site.side == 'lhs'
         else (lhs, mine['effective'])
       )
-    for operand in (lhs, rhs):
-      if isinstance(operand, Lost):
-        raise operand.error(f"site '{site.id}'")
+    lost = [v for v in (lhs, rhs, *vals[2:]) if isinstance(v, Lost)]
+    if lost:
+      where = f"site '{site.id}'"
+      aval = eqn.outvars[0].aval
+      return [self._needed(Lost.of(lost), where, aval, site.id)], {}
 
     def default(a, b):
       [out] = _jaxpr.bind(eqn, [a, b, *vals[2:]])
@@ -199,25 +226,47 @@ class Evaluator:
       out, stats = self.handler(site, lhs, rhs, default, mine)
     return [out], {} if stats is None else {site.id: stats}
 
-  def _dense(self, value, where):
-    if not isinstance(value, QTensor):
-      return value
-    if self.strict:
-      raise Lost(self._path_of(value), 'return').error(where)
-    return value.dequantize()
+  # Lost values ----------------------------------------------------------------
 
-  def _path_of(self, q: QTensor) -> str:
+  def _needed(self, lost, where, aval, site=None):
+    """A lost value is needed: an error, or noted and zeros instead."""
+    if self.failures is None:
+      raise lost.error(where)
+    self.failures.append(Failure(site, where, lost))
+    return jnp.zeros(aval.shape, aval.dtype)
+
+  def _dense(self, value, where, aval):
+    """A value where only dense arrays will do."""
+    if isinstance(value, QTensor):
+      if not self.strict:
+        self.report.append(f'{self._origin(value)}: dequantized for {where}')
+        return value.dequantize()
+      value = Lost((self._origin(value),), 'return')
+    return (
+      self._needed(value, where, aval) if isinstance(value, Lost) else value
+    )
+
+  def _paths_at(self, address, vals) -> tuple[str, ...]:
+    """Names of the quantized parameters that an equation reads."""
+    coded = {
+      p
+      for p, leaf in zip(self.paths, self.leaves, strict=True)
+      if isinstance(leaf, QTensor | Dropped)
+    }
+    found = [p for p in self.analysis.lost_at.get(address, ()) if p in coded]
+    if not found:
+      found = [self._origin(v) for v in vals if isinstance(v, QTensor)]
+    return tuple(sorted(set(found)))
+
+  def _origin(self, q: QTensor) -> str:
     """Names the parameters that a quantized value may come from."""
-    same = [
-      path
+    coded = [
+      (path, leaf)
       for leaf, path in zip(self.leaves, self.paths, strict=True)
-      if isinstance(leaf, QTensor) and leaf.quantizer == q.quantizer
+      if isinstance(leaf, QTensor)
     ]
-    exact = [
-      path
-      for leaf, path in zip(self.leaves, self.paths, strict=True)
-      if isinstance(leaf, QTensor) and leaf.codes is q.codes
-    ]
+    exact = [path for path, leaf in coded if leaf.codes is q.codes]
+    same = [path for path, leaf in coded if leaf.quantizer == q.quantizer]
     return ' | '.join(exact or same)
 
   # Containers ---------------------------------------------------------------
@@ -227,8 +276,9 @@ class Evaluator:
     name = eqn.primitive.name
     if name in _jaxpr.CUSTOM_RULES:
       self.report.append(
-        f"{_jaxpr.name_stack(eqn) or name}: its custom derivative rule is not "
-        'used, a quantized product lies inside'
+        f'{_jaxpr.name_stack(eqn) or name}: the custom derivative rule of '
+        f'{_jaxpr.function_name(eqn)} is not used, a quantized product lies '
+        'inside'
       )
     fixed = name in ('jit', 'pjit') and _jaxpr.has_shardings(eqn)
 
@@ -249,31 +299,32 @@ class Evaluator:
     [(jaxpr, consts)] = _jaxpr.inner_jaxprs(eqn)
     n_const, n_carry = _jaxpr.scan_counts(eqn)
     fixed, carry = vals[:n_const], vals[n_const : n_const + n_carry]
-    xs = vals[n_const + n_carry :]
+    xs = [self._stacked(v, address) for v in vals[n_const + n_carry :]]
     state = self._inside(state, address)
     # A scan over stacked layers gives each layer its own state and
     # statistics; any other scan (time steps) shares state, merges statistics.
     layers = address in self.analysis.layer_scans
-    merging = not layers
 
     def body(carry, sliced):
       values, totals = carry
       x, layer_state = sliced
       outs, stats = self._walk(
-        jaxpr, consts, [*fixed, *values, *x],
-        layer_state if layers else state, (*address, 0),
+        jaxpr,
+        consts,
+        [*fixed, *values, *x],
+        layer_state if layers else state,
+        (*address, 0),
       )
-      ys = outs[n_carry:]
-      if merging:
-        totals = self._merge(totals, stats)
-        stats = {}
-      return (outs[:n_carry], totals), (ys, stats)
+      after = self._carried(values, outs[:n_carry])
+      if layers:
+        return (after, totals), (outs[n_carry:], stats)
+      return (after, self._merge(totals, stats, address)), (outs[n_carry:], {})
 
-    totals = self._identity(address) if merging else {}
+    totals = {} if layers else self._identity(address)
     (carry, totals), (ys, stats) = _jaxpr.scan(
       eqn, body, (list(carry), totals), (xs, state if layers else {})
     )
-    return [*carry, *ys], totals if merging else stats
+    return [*carry, *ys], stats if layers else totals
 
   def _while(self, eqn, vals, state, address):
     (test, test_consts), (body, body_consts) = _jaxpr.inner_jaxprs(eqn)
@@ -284,17 +335,46 @@ class Evaluator:
       [flag], _ = self._walk(
         test, test_consts, [*test_args, *carry[0]], state, (*address, 0)
       )
-      return flag
+      return self._dense(flag, 'the test of a loop', test.outvars[0].aval)
 
     def step(carry):
       values, totals = carry
       outs, stats = self._walk(
         body, body_consts, [*body_args, *values], state, (*address, 1)
       )
-      return outs, self._merge(totals, stats)
+      return self._carried(values, outs), self._merge(totals, stats, address)
 
     start = (list(vals[n_test + n_body :]), self._identity(address))
     return _jaxpr.while_loop(eqn, go_on, step, start)
+
+  def _stacked(self, value, address):
+    """A scanned operand: codes can be sliced along a loop axis only."""
+    if not isinstance(value, QTensor) or layouts.loops_first(value):
+      return value
+    paths = self._paths_at(address, [value])
+    if self.strict:
+      return Lost(paths, 'scan (along an axis that is no loop axis)')
+    self.report.append(f'{", ".join(paths)}: dequantized for scan')
+    return value.dequantize()
+
+  def _carried(self, before, after):
+    """The carry of a loop keeps its kind: dense, quantized or lost."""
+    return [
+      self._kept(i, b, a)
+      for i, (b, a) in enumerate(zip(before, after, strict=True))
+    ]
+
+  def _kept(self, i, before, after):
+    if isinstance(before, Lost):
+      return before
+    where = 'the carry of a loop, which stays as it entered'
+    if isinstance(before, QTensor):
+      same = isinstance(after, QTensor) and layouts.alike(before, after)
+      if not same:
+        lost = Lost((self._origin(before),), 'the carry of a loop')
+        self._needed(lost, where, before)
+      return after if same else before
+    return self._dense(after, where, _jaxpr.typeof(before))
 
   def _cond(self, eqn, vals, state, address):
     identity = self._identity(address)
@@ -312,11 +392,33 @@ class Evaluator:
     bodies = [
       branch(k, *inner) for k, inner in enumerate(_jaxpr.inner_jaxprs(eqn))
     ]
-    index = vals[0]
-    if isinstance(index, QTensor | Lost):
-      raise TypeError('a quantized parameter decides a lax.cond branch')
-    inner = self._inside(state, address)
-    return _jaxpr.cond(eqn, index, bodies, (vals[1:], inner))
+    index = self._dense(vals[0], 'the choice of a branch', eqn.invars[0].aval)
+    args = (list(vals[1:]), self._inside(state, address))
+    if any(isinstance(v, QTensor | Lost) for v in args[0]):
+      bodies = self._agreeing(bodies, args)
+    return _jaxpr.cond(eqn, index, bodies, args)
+
+  def _agreeing(self, bodies, args):
+    """Branches whose results are of one kind: lost in one, lost in all."""
+    results = [jax.eval_shape(body, args)[0] for body in bodies]
+    lost = {}
+    for i, group in enumerate(zip(*results, strict=True)):
+      gone = [v for v in group if isinstance(v, Lost)]
+      coded = [v for v in group if isinstance(v, QTensor)]
+      if gone:
+        lost[i] = Lost.of(gone)
+      elif coded and not all(layouts.alike(coded[0], v) for v in group):
+        paths = {self._origin(v) for v in coded}
+        lost[i] = Lost(tuple(sorted(paths)), 'cond (branches of two kinds)')
+
+    def wrap(body):
+      def run(args):
+        outs, stats = body(args)
+        return [lost.get(i, out) for i, out in enumerate(outs)], stats
+
+      return run
+
+    return [wrap(body) for body in bodies]
 
   # State and statistics -----------------------------------------------------
 
@@ -325,128 +427,34 @@ class Evaluator:
     return [s for s in self.analysis.sites if s.address[:n] == address]
 
   def _inside(self, state: State, address) -> State:
+    if not state:
+      return state
     ids = {s.id for s in self._sites(address)}
     return {k: v for k, v in state.items() if k in ids}
 
-  def _merge(self, totals: Stats, stats: Stats) -> Stats:
+  def _merge(self, totals: Stats, stats: Stats, address) -> Stats:
     if not stats:
       return totals
-    sites = {s.id: s for s in self.analysis.sites}
     if self.monoid is None:
       raise ValueError('statistics leave a loop: a monoid is needed')
-    return {
-      k: self.monoid.merge(sites[k], v, stats[k]) if k in stats else v
-      for k, v in totals.items()
+    merged = {
+      k: statistics.merge(
+        self.monoid, self.analysis, self._by_id[k], address, totals[k], new
+      )
+      for k, new in stats.items()
     }
+    return {**totals, **merged}
 
   def _identity(self, address) -> Stats:
     if self.monoid is None:
       return {}
-    found = {
-      s.id: self.monoid.init(s)
-      for s in self._sites(address)
-      if s.id in self.chosen
-    }
-    return {k: v for k, v in found.items() if v is not None}
-
-
-def _measure(eqn, site, left, vals, stat):
-  """Adds one equation to the affine map in a site's statistics."""
-  other = vals[1 if left else 0]
-  scale, shift = folds.step(
-    eqn, left, other, site.fold.axis, (stat['scale'], stat['shift'])
-  )
-  return {**stat, 'scale': scale, 'shift': shift}
+    chosen = [s for s in self._sites(address) if s.id in self.chosen]
+    return statistics.identity(self.monoid, self.analysis, chosen, address)
 
 
 def _stored(leaf, path):
-  return Lost(path, 'its own storage') if isinstance(leaf, Dropped) else leaf
+  return Lost((path,), 'its own storage') if isinstance(leaf, Dropped) else leaf
 
 
 def _densify(value):
   return value.dequantize() if isinstance(value, QTensor) else value
-
-
-def _last_use(jaxpr) -> dict[int, list[Any]]:
-  """Variables that are dead after each equation, so that memory is freed."""
-  seen: set[Any] = {
-    v for v in jaxpr.outvars if not isinstance(v, _jaxpr.Literal)
-  }
-  out: dict[int, list[Any]] = {}
-  for i in reversed(range(len(jaxpr.eqns))):
-    eqn = jaxpr.eqns[i]
-    for var in (*eqn.invars, *eqn.outvars):
-      if isinstance(var, _jaxpr.Literal) or var in seen:
-        continue
-      seen.add(var)
-      out.setdefault(i, []).append(var)
-  return out
-
-
-_CONTAINERS = {
-  'scan': Evaluator._scan,
-  'while': Evaluator._while,
-  'cond': Evaluator._cond,
-}
-
-
-# Layout-only operations on quantized values ----------------------------------
-
-
-def _slice(eqn, vals):
-  p = eqn.params
-  if p['strides'] is not None and any(s != 1 for s in p['strides']):
-    raise LayoutError('a strided slice')
-  return vals[0].slice(p['start_indices'], p['limit_indices'])
-
-
-def _dynamic_slice(eqn, vals):
-  """A dynamic index along loop axes slices every child alike."""
-  q, starts = vals[0], vals[1:]
-  sizes = eqn.params['slice_sizes']
-  loops = q.codes.ndim - 2
-  for axis, (size, full) in enumerate(zip(sizes, q.shape, strict=True)):
-    if size == full:
-      continue
-    if axis >= loops:
-      raise LayoutError('a dynamic slice of an axis that is not a loop axis')
-    q = jax.tree.map(
-      lambda c, s=starts[axis], n=size, a=axis: lax.dynamic_slice_in_dim(
-        c, s, n, a
-      ),
-      q,
-    )
-  return q
-
-
-def _broadcast(eqn, vals):
-  where = eqn.params['broadcast_dimensions']
-  new = eqn.params['shape']
-  added = [i for i in range(len(new)) if i not in where]
-  if any(new[i] != 1 for i in added) or any(
-    new[w] != n for w, n in zip(where, vals[0].shape, strict=True)
-  ):
-    raise LayoutError('a broadcast')
-  return vals[0].expand_dims(tuple(added))
-
-
-def _concatenate(eqn, vals):
-  if not all(isinstance(v, QTensor) for v in vals):
-    raise LayoutError('joined with a value that is not quantized')
-  return type(vals[0]).concatenate(vals, eqn.params['dimension'])
-
-
-_QTENSOR_RULES: dict[str, Callable[[Any, Sequence[Any]], Any]] = {
-  'transpose': lambda e, v: v[0].transpose(e.params['permutation']),
-  'reshape': lambda e, v: v[0].reshape(e.params['new_sizes']),
-  'squeeze': lambda e, v: v[0].squeeze(e.params['dimensions']),
-  'expand_dims': lambda e, v: v[0].expand_dims(e.params['dimensions']),
-  'broadcast_in_dim': _broadcast,
-  'convert_element_type': lambda e, v: v[0].astype(e.params['new_dtype']),
-  'slice': _slice,
-  'dynamic_slice': _dynamic_slice,
-  'concatenate': _concatenate,
-  'copy': lambda e, v: v[0],
-  'copy_p': lambda e, v: v[0],
-  'stop_gradient': lambda e, v: v[0],
-}

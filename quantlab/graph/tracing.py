@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,22 +26,33 @@ class Traced:
   """A call of the user's function: its program, sites and array arguments.
 
   Attributes:
-    program, analysis: see `_jaxpr.Program` and `sites.Analysis`.
+    program: see `_jaxpr.Program`.
+    given: its sites, where they are known; else they are found when they are
+      first asked for.
     paths: names of the parameter leaves.
     constant_leaf: which parameter a closed-over array is, or None.
+    compiled: what a rewrite made of the program, by name.
   """
 
   program: _jaxpr.Program
-  analysis: sites.Analysis
+  given: sites.Analysis | None
   paths: tuple[str, ...]
   constant_leaf: Callable[[Any], int | None]
+  compiled: dict[str, Callable] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def analysis(self) -> sites.Analysis:
+    """The program's sites."""
+    if self.given is not None:
+      return self.given
+    return sites.analyse(self.program, self.paths, self.constant_leaf)
 
 
 class Tracer:
   """Traces one function for any arguments, once per shapes.
 
-  Python values among the arguments (flags, sizes) stay Python values, as in
-  an eager call; arrays become inputs of the program.
+  Python values among the arguments and parameters (flags, sizes, functions)
+  stay Python values, as in an eager call; arrays become inputs of the program.
 
   Args:
     apply: the user's function of `(params, *args, **kwargs)`.
@@ -62,40 +74,31 @@ class Tracer:
     named, p_tree = jax.tree_util.tree_flatten_with_path(
       params, is_leaf=is_stored
     )
-    leaves = [_as_array(leaf) for _, leaf in named]
-    paths = tuple(path_str(path) for path, _ in named)
     rest, a_tree = jax.tree.flatten((tuple(args), dict(kwargs)))
-    dynamic = tuple(_jaxpr.is_array(x) for x in rest)
-    inputs = [x for x, d in zip(rest, dynamic, strict=True) if d]
-    static = tuple(x for x, d in zip(rest, dynamic, strict=True) if not d)
-    avals = [
-      _jaxpr.abstract(x) for x in (*map(logical, leaves), *inputs)
-    ]
+    values = (*(leaf for _, leaf in named), *rest)
+    dynamic = tuple(is_stored(x) or _jaxpr.is_array(x) for x in values)
+    paths = tuple(
+      path_str(path) for (path, _), d in zip(named, dynamic, strict=False) if d
+    )
+    arrays = [x for x, d in zip(values, dynamic, strict=True) if d]
+    static = tuple(x for x, d in zip(values, dynamic, strict=True) if not d)
+    avals = [_jaxpr.abstract(logical(x)) for x in arrays]
     key = _key(p_tree, a_tree, dynamic, static, avals)
     found = self._cache.get(key) if key is not None else None
+    leaves, inputs = arrays[: len(paths)], arrays[len(paths) :]
     if found is None:
-      found = self._trace(
-        p_tree, a_tree, dynamic, static, avals, paths, leaves
-      )
+      call = _Call(self.apply, (p_tree, a_tree), len(named), dynamic, static)
+      found = self._trace(call, avals, paths, leaves)
       if key is not None and found.program.cacheable:
         self._cache[key] = found
     return found, leaves, inputs
 
-  def _trace(self, p_tree, a_tree, dynamic, static, avals, paths, leaves):
-    n = len(paths)
+  def _trace(self, call, avals, paths, leaves):
+    program = _jaxpr.trace(call, len(paths), avals)
+    constant_leaf = self._matcher(program, paths, leaves)
+    return Traced(program, None, paths, constant_leaf)
 
-    def flat(*values):
-      arrays, fixed = iter(values[n:]), iter(static)
-      rest = [next(arrays) if d else next(fixed) for d in dynamic]
-      args, kwargs = jax.tree.unflatten(a_tree, rest)
-      return self.apply(jax.tree.unflatten(p_tree, values[:n]), *args, **kwargs)
-
-    program = _jaxpr.trace(flat, n, avals)
-    constant_leaf = self._matcher(paths, leaves)
-    analysis = sites.analyse(program, paths, constant_leaf)
-    return Traced(program, analysis, paths, constant_leaf)
-
-  def _matcher(self, paths, leaves) -> Callable[[Any], int | None]:
+  def _matcher(self, program, paths, leaves) -> Callable[[Any], int | None]:
     """Recognizes closed-over parameters by identity, later by content."""
     by_id = {id(leaf): i for i, leaf in enumerate(leaves)}
     by_print = {
@@ -103,31 +106,48 @@ class Tracer:
       for path, print_ in self.captured.items()
       if path in paths
     }
+    kinds = {_kind(leaves[i]) for i in by_print.values()}
+    found: dict[int, int | None] = {}
+    for const in _jaxpr.all_consts(program):
+      leaf = by_id.get(id(const))
+      tracer = isinstance(const, jax.core.Tracer)
+      if leaf is None and not tracer and _kind(const) in kinds:
+        leaf = by_print.get(fingerprint(const))
+      found[id(const)] = leaf
+    # The program holds its constants, so that an id stays what it means.
+    return lambda const: found.get(id(const))
 
-    def constant_leaf(const):
-      if id(const) in by_id:
-        return by_id[id(const)]
-      if not by_print or isinstance(const, jax.core.Tracer):
-        return None
-      return by_print.get(fingerprint(const))
 
-    return constant_leaf
+def _kind(x: Any) -> tuple[Any, str]:
+  return tuple(np.shape(x)), str(x.dtype)
 
 
-def closed_over(traced: Traced, leaves: Sequence[Any]) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+  """A user's call as a function of its array leaves alone."""
+
+  apply: Callable
+  trees: tuple[Any, Any]
+  num_named: int
+  dynamic: tuple[bool, ...]
+  static: tuple[Any, ...]
+
+  def __call__(self, *arrays):
+    moving, fixed = iter(arrays), iter(self.static)
+    values = [next(moving) if d else next(fixed) for d in self.dynamic]
+    p_tree, a_tree = self.trees
+    params = jax.tree.unflatten(p_tree, values[: self.num_named])
+    args, kwargs = jax.tree.unflatten(a_tree, values[self.num_named :])
+    return self.apply(params, *args, **kwargs)
+
+
+def closed_over(traced: Traced) -> dict[str, str]:
   """Fingerprints by path of the parameters a program holds as constants."""
-  found: dict[str, str] = {}
-
-  def visit(jaxpr, consts):
-    for const in consts:
-      leaf = traced.constant_leaf(const)
-      if leaf is not None:
-        found[traced.paths[leaf]] = fingerprint(const)
-    for eqn in jaxpr.eqns:
-      for inner in _jaxpr.inner_jaxprs(eqn):
-        visit(*inner)
-
-  visit(traced.program.jaxpr, traced.program.consts)
+  found = {}
+  for const in _jaxpr.all_consts(traced.program):
+    leaf = traced.constant_leaf(const)
+    if leaf is not None:
+      found[traced.paths[leaf]] = fingerprint(const)
   return found
 
 
@@ -139,15 +159,13 @@ def fingerprint(array: Any) -> str:
   return digest.hexdigest()
 
 
-def _as_array(leaf: Any) -> Any:
-  return leaf if is_stored(leaf) or _jaxpr.is_array(leaf) else np.asarray(leaf)
-
-
 def _key(p_tree, a_tree, dynamic, static, avals) -> Any:
   """Hashable cache key, or None where a Python argument is unhashable."""
   shapes = tuple((a.shape, str(a.dtype), a.weak_type) for a in avals)
-  # True == 1 in Python, but not in a traced function.
-  typed = tuple((type(x), x) for x in static)
+  # True == 1 and 0.0 == -0.0 in Python, but not in a traced function.
+  typed = tuple(
+    (type(x), x.hex() if isinstance(x, float) else x) for x in static
+  )
   key = (p_tree, a_tree, dynamic, typed, shapes, _jaxpr.config_key())
   try:
     hash(key)

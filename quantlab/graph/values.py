@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -29,10 +30,6 @@ class Dropped:
 class LostError(TypeError):
   """A quantized or dropped parameter is needed where it has no value."""
 
-  def __init__(self, message: str, path: str):
-    super().__init__(message)
-    self.path = path
-
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +38,37 @@ class Lost:
 
   It may flow on (what it feeds may be replaced by an effective weight) and
   becomes an error where it is needed.
+
+  Attributes:
+    paths: parameters that were lost, sorted.
+    operation: the operation that lost the first of them, with the reason.
   """
 
-  path: str
+  paths: tuple[str, ...]
   operation: str
 
-  def error(self, where: str) -> LostError:
-    return LostError(
-      f"quantized parameter '{self.path}' reaches '{self.operation}', which "
-      f'has no rule for quantized operands, and its result is needed by '
-      f"{where}. Leave '{self.path}' in float (rule None), or pass "
-      'strict=False to dequantize it there.',
-      self.path,
+  @classmethod
+  def of(cls, lost: Iterable[Lost]) -> Lost:
+    """What is lost where several lost values meet."""
+    found = list(lost)
+    paths = tuple(sorted({p for v in found for p in v.paths}))
+    return (
+      found[0] if paths == found[0].paths else cls(paths, found[0].operation)
     )
+
+  def error(self, where: str) -> LostError:
+    name = ', '.join(f"'{p}'" for p in self.paths)
+    return LostError(
+      f"quantized parameter {name} reaches '{self.operation}', which has no "
+      f'rule for quantized operands, and its result is needed by {where}. '
+      f'Leave {name} in float (rule None), or pass strict=False to dequantize '
+      'it there.'
+    )
+
+
+# Stands for everything that depends on the inputs, where a program is
+# evaluated on its parameters alone.
+UNKNOWN = Lost((), 'the inputs')
 
 
 def logical(leaf: Any) -> Any:

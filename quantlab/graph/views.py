@@ -10,9 +10,8 @@ parameters is an effective weight T(w) (design, section 1).
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 
 class Piece(NamedTuple):
@@ -150,5 +149,74 @@ def order(view: View, dims: Sequence[int]) -> tuple[int, ...]:
   return tuple(sorted(dims, key=key))
 
 
-def size(dims: Dims) -> int:
-  return math.prod(p.size for d in dims for p in d)
+# Layout-only operations ------------------------------------------------------
+
+FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
+
+
+def _cut(eqn, view):
+  """Contiguous parts of axes."""
+  strides = eqn.params.get('strides')
+  if strides is not None and any(s != 1 for s in strides):
+    return None
+  old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+  for axis, (a, b) in enumerate(zip(old, new, strict=True)):
+    if a != b and view is not None:
+      view = view.cut(axis, b)
+  return view
+
+
+def _broadcast(eqn, view):
+  old, new = eqn.invars[0].aval.shape, eqn.params['shape']
+  where = eqn.params['broadcast_dimensions']
+  same = all(new[w] == n for w, n in zip(where, old, strict=True))
+  added = [i for i in range(len(new)) if i not in where]
+  if not same or any(new[i] != 1 for i in added):
+    return None
+  return view.insert(added)
+
+
+def _convert(eqn, view):
+  kinds = (str(eqn.invars[0].aval.dtype), str(eqn.params['new_dtype']))
+  return view if all(k in FLOATS for k in kinds) else None
+
+
+def _same(eqn, view):
+  return view
+
+
+_RULES: dict[str, Callable[[Any, View], View | None]] = {
+  'transpose': lambda e, v: v.permute(e.params['permutation']),
+  'reshape': lambda e, v: v.reshape(e.params['new_sizes']),
+  'squeeze': lambda e, v: v.squeeze(e.params['dimensions']),
+  'expand_dims': lambda e, v: v.insert(e.params['dimensions']),
+  'broadcast_in_dim': _broadcast,
+  'convert_element_type': _convert,
+  'slice': _cut,
+  'dynamic_slice': _cut,
+  'copy': _same,
+  'copy_p': _same,
+  'stop_gradient': _same,
+  'sharding_constraint': _same,
+  'name': _same,
+  'device_put': _same,
+}
+
+
+def follow(eqn: Any, views: Sequence[View | None]) -> list[View | None]:
+  """Views of an equation's results: None where it is not layout-only."""
+  name, count = eqn.primitive.name, len(eqn.outvars)
+  if name == 'concatenate':
+    return [join(views, eqn.params['dimension'])]
+  if name == 'optimization_barrier':
+    return list(views)
+  first = views[0] if views else None
+  if first is None:
+    return [None] * count
+  if name == 'split':
+    axis = eqn.params['axis']
+    return [first.cut(axis, n) for n in eqn.params['sizes']]
+  rule = _RULES.get(name)
+  if rule is None or (count > 1 and rule is not _same):
+    return [None] * count
+  return [rule(eqn, first)] if count == 1 else list(views)
