@@ -125,7 +125,7 @@ def loops_first(q: QTensor) -> bool:
 def alike(a: Any, b: Any) -> bool:
   """Whether two quantized values have the same structure and shapes."""
   (a_leaves, a_tree), (b_leaves, b_tree) = map(jax.tree.flatten, (a, b))
-  if not a_tree == b_tree:  # noqa: SIM201 (tree structures define == alone)
+  if a_tree != b_tree:  # type: ignore[operator]
     return False
   pairs = zip(a_leaves, b_leaves, strict=True)
   return all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs)

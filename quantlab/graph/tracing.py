@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from quantlab.core import QTensor
 from quantlab.core.tree import path_str
 from quantlab.graph import _jaxpr, sites
 from quantlab.graph.values import Dropped, logical
@@ -18,7 +19,7 @@ from quantlab.graph.values import Dropped, logical
 
 def is_stored(x: Any) -> bool:
   """Leaves of a parameter tree: QTensors and dropped leaves stay whole."""
-  return isinstance(x, Dropped) or hasattr(x, 'dequantize')
+  return isinstance(x, QTensor | Dropped)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

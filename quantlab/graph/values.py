@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantlab.core import QTensor
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,6 @@ UNKNOWN = Lost((), 'the inputs')
 
 def logical(leaf: Any) -> Any:
   """Shape and dtype that the user's function sees for a stored leaf."""
-  if isinstance(leaf, Dropped) or hasattr(leaf, 'dequantize'):
+  if isinstance(leaf, QTensor | Dropped):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
   return leaf
