@@ -1,0 +1,8 @@
+"""What a person reads after a run: tables, pictures, one page."""
+
+from quantlab.report.html import render as render
+from quantlab.report.sites import Histogram as Histogram
+from quantlab.report.sites import SiteRow as SiteRow
+from quantlab.report.sites import histogram as histogram
+from quantlab.report.tables import results_table as results_table
+from quantlab.report.tables import rows as rows

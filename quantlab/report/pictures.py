@@ -1,0 +1,142 @@
+"""The figures of a report, drawn from its rows."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from quantlab.report import plots, sites, tables
+
+Picture = tuple[bytes, str]  # PNG, caption
+
+_QUALITY = ('accuracy', 'spearman', 'agreement')
+_MOST_SITES = 60  # beyond it a row of a picture cannot be read
+_HISTOGRAMS = 8
+
+
+def overview(
+  rows: Sequence[tables.Row], variants: Mapping[str, list[sites.SiteRow]]
+) -> list[Picture]:
+  """A model's variants side by side: quality over size, error by site."""
+  found = [_quality_over_size(rows), _error_map(variants)]
+  return [picture for picture in found if picture is not None]
+
+
+def details(table: Sequence[sites.SiteRow]) -> list[Picture]:
+  """One variant: error, bits and bytes by site, and histograms."""
+  found = [_site_bars(table), _histograms(table)]
+  return [picture for picture in found if picture is not None]
+
+
+def _quality_over_size(rows: Sequence[tables.Row]) -> Picture | None:
+  name, sign = _quality(rows)
+  points = {
+    r['variant']: (size, sign * quality)
+    for r in rows
+    if (size := tables.number(r.get('nbytes'))) is not None
+    and (quality := tables.number(r.get(name))) is not None
+    and math.isfinite(quality)
+  }
+  reference = points.pop('float', None)
+  if not points:
+    return None
+  fig = plots.figure(6.2, 3.9)
+  label = f'-{name}' if sign < 0 else name
+  plots.quality_against_size(fig.subplots(), points, reference, label)
+  return plots.to_png(fig), (
+    f'{label} over size; the line joins variants that no other beats.'
+  )
+
+
+def _quality(rows: Sequence[tables.Row]) -> tuple[str, int]:
+  """The metric to draw, and -1 where less is better."""
+  for name in _QUALITY:
+    if any(tables.number(r.get(name)) is not None for r in rows):
+      return name, 1
+  return 'perplexity' if any('perplexity' in r for r in rows) else (
+    'cross_entropy'
+  ), -1
+
+
+def _error_map(
+  variants: Mapping[str, list[sites.SiteRow]],
+) -> Picture | None:
+  sqnr = {
+    v: {r['site']: sites.finite(r, 'sqnr') for r in sites.quantized(table)}
+    for v, table in variants.items()
+  }
+  names = list(dict.fromkeys(s for row in sqnr.values() for s in row))
+  if not names or not any(
+    math.isfinite(x) for row in sqnr.values() for x in row.values()
+  ):
+    return None
+  shown = names[:_MOST_SITES]
+  fig = plots.figure(2.6 + 0.42 * len(sqnr), 1.3 + 0.2 * len(shown))
+  values = [[row.get(s, math.nan) for row in sqnr.values()] for s in shown]
+  plots.sqnr_map(fig.subplots(), shown, list(sqnr), values)
+  return plots.to_png(fig), (
+    'SQNR (dB) of every site under every variant' + _rest(names, shown)
+  )
+
+
+def _site_bars(table: Sequence[sites.SiteRow]) -> Picture | None:
+  if not table:
+    return None
+  shown = table[:_MOST_SITES]
+  names = [r['site'] for r in shown]
+  fig = plots.figure(9.6, 1.0 + 0.2 * len(shown))
+  error, bits, size = fig.subplots(1, 3)
+  plots.sqnr_bars(error, names, [sites.finite(r, 'sqnr') for r in shown])
+  plots.bits_bars(bits, names, [_or_zero(r, 'bits') for r in shown])
+  plots.bytes_bars(
+    size,
+    names,
+    [_or_zero(r, 'nbytes') for r in shown],
+    [_or_zero(r, 'float_nbytes') for r in shown],
+  )
+  for ax in (bits, size):
+    ax.set_yticklabels([])
+  return plots.to_png(fig), (
+    'Error, bits and bytes by site' + _rest(table, shown)
+  )
+
+
+def _histograms(table: Sequence[sites.SiteRow]) -> Picture | None:
+  """Weights, and inputs where observed, of the sites with the most error."""
+  known = [r for r in table if r.get('histograms')]
+  if not known:
+    return None
+  worst = sorted(known, key=lambda r: _error_first(sites.finite(r, 'sqnr')))
+  worst = worst[:_HISTOGRAMS]
+  panels = [
+    (r, what)
+    for r in worst
+    for what in ('weight', 'input')
+    if what in r['histograms']
+  ]
+  across = 4
+  down = -(-len(panels) // across)
+  fig = plots.figure(9.6, 1.6 * down + 0.2)
+  axes = fig.subplots(down, across, squeeze=False).ravel()
+  for ax in axes[len(panels) :]:
+    ax.set_visible(False)
+  for ax, (r, what) in zip(axes, panels, strict=False):
+    found = r['histograms']
+    title = f'{plots.shorten(r["site"], 24)} {what}'
+    plots.histogram(ax, found[what], found.get(f'{what}_coded'), title)
+  return plots.to_png(fig), (
+    'Values in float (filled) and after coding (line), log counts; the sites '
+    'with the most error first' + _rest(known, worst)
+  )
+
+
+def _error_first(sqnr: float) -> float:
+  return math.inf if math.isnan(sqnr) else sqnr
+
+
+def _or_zero(row: sites.SiteRow, name: str) -> float:
+  value = sites.finite(row, name)
+  return 0.0 if math.isnan(value) else value
+
+
+def _rest(everything: Sequence, shown: Sequence) -> str:
+  left = len(everything) - len(shown)
+  return f'; {left} more are in the table.' if left else '.'

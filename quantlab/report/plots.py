@@ -1,0 +1,240 @@
+"""Pictures of a quantized model; every function draws on the Axes it is given.
+
+Only matplotlib's object interface is used: no global state, no display.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib.figure
+import numpy as np
+from matplotlib import axes as mpl_axes
+from matplotlib import ticker
+
+# A palette that stays apart for colour-blind readers (Okabe and Ito).
+BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8A8F98'
+_CYCLE = (BLUE, ORANGE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+
+Axes = mpl_axes.Axes
+Figure = matplotlib.figure.Figure
+
+
+def figure(width: float, height: float) -> Figure:
+  """An empty figure of a size in inches."""
+  return Figure(figsize=(width, height), layout='constrained')
+
+
+def to_png(fig: Figure, dpi: int = 110) -> bytes:
+  """The figure as PNG; the same figure gives the same bytes."""
+  buffer = io.BytesIO()
+  fig.savefig(buffer, format='png', dpi=dpi, metadata={'Software': None})
+  return buffer.getvalue()
+
+
+def sqnr_bars(ax: Axes, sites: Sequence[str], sqnr: Sequence[float]) -> Axes:
+  """Signal to quantization noise of each site, in dB; more is better.
+
+  Args:
+    ax: where to draw.
+    sites: names, drawn top to bottom.
+    sqnr: dB; a site that is not finite is left without a bar.
+
+  Returns:
+    ax.
+  """
+  values = np.asarray(sqnr, float)
+  finite = np.isfinite(values)
+  _site_axis(ax, sites)
+  ax.barh(np.flatnonzero(finite), values[finite], height=0.7, color=BLUE)
+  ax.axvline(0, color=GREY, lw=0.8)
+  ax.set_xlabel('SQNR of the output (dB)')
+  return ax
+
+
+def bits_bars(ax: Axes, sites: Sequence[str], bits: Sequence[float]) -> Axes:
+  """Bits per weight of each site, scales included."""
+  _site_axis(ax, sites)
+  ax.barh(range(len(bits)), bits, height=0.7, color=GREEN)
+  ax.set_xlabel('bits per weight')
+  return ax
+
+
+def bytes_bars(
+  ax: Axes,
+  sites: Sequence[str],
+  nbytes: Sequence[float],
+  float_nbytes: Sequence[float],
+) -> Axes:
+  """Bytes of each site's weight, over those of the float weight."""
+  _site_axis(ax, sites)
+  ax.barh(
+    range(len(nbytes)), float_nbytes, height=0.7, color='#DDE1E6', label='float'
+  )
+  ax.barh(range(len(nbytes)), nbytes, height=0.7, color=ORANGE, label='coded')
+  ax.xaxis.set_major_formatter(ticker.EngFormatter(unit='B', places=0))
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
+  ax.set_xlabel('bytes')
+  ax.legend(loc='lower right', fontsize=7, frameon=False)
+  return ax
+
+
+def histogram(
+  ax: Axes,
+  before: Mapping[str, Sequence[float]],
+  after: Mapping[str, Sequence[float]] | None = None,
+  title: str = '',
+) -> Axes:
+  """Distribution of values in float, and of the coded ones on top.
+
+  Args:
+    ax: where to draw.
+    before: {'edges': n + 1, 'counts': n} of the float values.
+    after: the same of the values their codes stand for.
+    title: above it.
+
+  Returns:
+    ax. Counts are logarithmic: the tails decide the scale.
+  """
+  ax.stairs(
+    before['counts'], before['edges'], fill=True, color='#B9D6EA', label='float'
+  )
+  if after is not None:
+    ax.stairs(
+      after['counts'], after['edges'], color=ORANGE, lw=1.0, label='coded'
+    )
+  ax.set_yscale('log')
+  ax.set_ylim(bottom=0.5)
+  ax.set_title(literal(title), fontsize=8)
+  ax.tick_params(labelsize=7)
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
+  _bare(ax)
+  return ax
+
+
+def quality_against_size(
+  ax: Axes,
+  points: Mapping[str, tuple[float, float]],
+  reference: tuple[float, float] | None = None,
+  label: str = 'accuracy',
+) -> Axes:
+  """Each variant's quality over its size, with the best ones joined.
+
+  Args:
+    ax: where to draw.
+    points: variant -> (bytes, quality); more quality is better.
+    reference: the float model's (bytes, quality).
+    label: what quality is.
+
+  Returns:
+    ax.
+  """
+  for i, (name, (size, quality)) in enumerate(points.items()):
+    color = _CYCLE[i % len(_CYCLE)]
+    ax.scatter([size], [quality], s=28, color=color, zorder=3)
+    ax.annotate(
+      literal(name),
+      (size, quality),
+      xytext=(5, 4 if i % 2 else -9),
+      textcoords='offset points',
+      fontsize=7,
+    )
+  front = pareto_front(list(points.values()))
+  ax.plot(*zip(*front, strict=True), color=GREY, lw=0.9, zorder=1)
+  if reference is not None:
+    ax.axhline(reference[1], color=GREY, lw=0.8, ls='--')
+    ax.scatter(*reference, s=36, marker='D', color='black', zorder=3)
+    ax.annotate(
+      'float',
+      reference,
+      xytext=(5, 5),
+      textcoords='offset points',
+      fontsize=7,
+    )
+  ax.set_xscale('log')
+  ax.xaxis.set_major_formatter(ticker.EngFormatter(unit='B'))
+  ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+  ax.margins(x=0.18, y=0.12)
+  ax.set_xlabel('size of the parameters')
+  ax.set_ylabel(label)
+  ax.grid(alpha=0.25)
+  _bare(ax)
+  return ax
+
+
+def sqnr_map(
+  ax: Axes,
+  sites: Sequence[str],
+  variants: Sequence[str],
+  sqnr: Sequence[Sequence[float]],
+) -> Axes:
+  """SQNR of every site under every variant: which sites are hard, and when.
+
+  Args:
+    ax: where to draw.
+    sites: rows.
+    variants: columns.
+    sqnr: dB, (sites, variants); NaN where a site stayed float.
+
+  Returns:
+    ax.
+  """
+  values = np.asarray(sqnr, float)
+  shown = np.where(np.isfinite(values), values, np.nan)
+  image = ax.imshow(shown, aspect='auto', cmap='viridis', vmin=0)
+  names = [literal(v) for v in variants]
+  ax.set_xticks(range(len(names)), names, rotation=40, ha='right')
+  ax.set_yticks(range(len(sites)), [shorten(s) for s in sites])
+  ax.tick_params(labelsize=7, length=0)
+  ax.set_facecolor('#EEF0F3')
+  for i, j in np.argwhere(np.isfinite(shown)):
+    dark = shown[i, j] < 0.6 * np.nanmax(shown)
+    ax.text(
+      j,
+      i,
+      f'{shown[i, j]:.0f}',
+      ha='center',
+      va='center',
+      fontsize=6,
+      color='white' if dark else 'black',
+    )
+  ax.figure.colorbar(image, ax=ax, label='SQNR (dB)', shrink=0.8)
+  for spine in ax.spines.values():
+    spine.set_visible(False)
+  return ax
+
+
+def pareto_front(
+  points: Sequence[tuple[float, float]],
+) -> list[tuple[float, float]]:
+  """The points that none beats: smaller and better. Sorted by size."""
+  front: list[tuple[float, float]] = []
+  for size, quality in sorted(points, key=lambda p: (p[0], -p[1])):
+    if not front or quality > front[-1][1]:
+      front.append((size, quality))
+  return front
+
+
+def shorten(name: str, limit: int = 38) -> str:
+  """Keeps the end of a long path, which tells one site from the next."""
+  name = name if len(name) <= limit else '…' + name[1 - limit :]
+  return literal(name)
+
+
+def literal(text: str) -> str:
+  """Text that matplotlib shows as it is: '$' would start a formula."""
+  return text.replace('$', r'\$')
+
+
+def _site_axis(ax: Axes, sites: Sequence[str]) -> None:
+  """One row a site, the first on top."""
+  ax.set_yticks(range(len(sites)), [shorten(s) for s in sites])
+  ax.set_ylim(len(sites) - 0.4, -0.6)
+  ax.tick_params(labelsize=7)
+  ax.tick_params(axis='y', length=0)
+  ax.grid(axis='x', alpha=0.25)
+  _bare(ax)
+
+
+def _bare(ax: Axes) -> None:
+  for side in ('top', 'right'):
+    ax.spines[side].set_visible(False)
