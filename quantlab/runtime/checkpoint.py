@@ -263,7 +263,7 @@ def _from_stored(x: Any, dtype: str) -> Any:
 
 def _describe_files(folder: epath.Path, prefix: str = '') -> dict[str, Any]:
   """Size and hash of every file below a folder, by relative path."""
-  described = {}
+  described: dict[str, Any] = {}
   for file in sorted(folder.iterdir()):
     name = f'{prefix}{file.name}'
     if file.is_dir():

@@ -31,8 +31,10 @@ def environment() -> dict[str, Any]:
       'count': jax.device_count(),
       'processes': jax.process_count(),
     },
-    'x64': bool(jax.config.jax_enable_x64),
-    'matmul_precision': jax.config.jax_default_matmul_precision,
+    'x64': jax.dtypes.canonicalize_dtype('float64') == 'float64',
+    'matmul_precision': getattr(
+      jax.config, 'jax_default_matmul_precision', None
+    ),
   }
 
 
