@@ -38,7 +38,7 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
   else:
     scale = jnp.where(jnp.isfinite(_largest(x, axes)), scale, jnp.nan)
   q = jnp.round(x * (1 / scale))
-  q = q if zero_point is None else q + zero_point
+  q = q if zero_point is None else q + zero_point.astype(jnp.float32)
   # NaN has no code: its unit is marked by the scale, the code is arbitrary.
   q = jnp.where(jnp.isnan(q), 0.0, jnp.clip(q, qmin, qmax))
   return q.astype(jnp.int8), scale, zero_point

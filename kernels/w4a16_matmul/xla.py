@@ -21,7 +21,7 @@ SLICE = 128  # least rows of K decoded at a time
 def slice_rows(k: int, n: int, group: int) -> int:
   """Returns the rows of K decoded at a time, or 0 to decode all at once."""
   rows = 4 * SLICE if group >= k else -(-SLICE // group) * group
-  wide = 4 * k * n > int_dot.SLICE_BEYOND and rows < k
+  wide = k * n > int_dot.SLICE_BEYOND and rows < k
   return rows if wide and int_dot.on_one_cpu() else 0
 
 

@@ -66,7 +66,7 @@ def test_any_values(x, symmetric):
   q, s, z = f(x, symmetric=symmetric)
   _same((q, s, z), oracle.quantize(x, symmetric=symmetric))
   z = 0 if z is None else z
-  x_hat = (np.float64(q) - z) * s
+  x_hat = (np.float64(q) - np.float64(z)) * np.float64(s)
   # Half a step, and a little for the rounding of x / s and of the scale.
   assert np.all(np.abs(x_hat - x) <= (0.5 + 1e-4) * np.float64(s))
 
