@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantlab import core, ops
+from quantlab import core, ops, summary
 from quantlab.core import Layout, Quantizer
 from quantlab.graph import sites as sites_lib
 from quantlab.recipe import Rule
@@ -148,6 +148,18 @@ class Plan:
       for role, q in roles.items():
         state.setdefault(name, {})[role] = ops.abstract_range(q, loops)
     return state
+
+  def summary(self, params: Any = None) -> str:
+    """A table of the sites, sizes, coverage and notes."""
+    return summary.text(self, params)
+
+  def totals(self) -> dict[str, float]:
+    """Sizes and coverage, from shapes; see `summary.totals`."""
+    return summary.totals(self)
+
+  def memory(self) -> dict[str, int]:
+    """Estimated bytes that quantizing needs; see `summary.memory`."""
+    return summary.memory(self)
 
   def to_json(self) -> dict[str, Any]:
     return {

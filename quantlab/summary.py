@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.box
 import rich.console
 import rich.table
 
 from quantlab.core import tree as tree_lib
-from quantlab.plan import Plan, SitePlan, Storage
+
+if TYPE_CHECKING:
+  from quantlab.plan import Plan, SitePlan, Storage
 
 
 def stored_bytes(plan: Plan) -> dict[str, int]:

@@ -95,6 +95,12 @@ class Vit(nn.Module):
     return nn.Dense(self.classes, name='head')(x.mean(1))
 
 
+def shapes(model: nn.Module) -> Any:
+  """The variables of a model as shapes."""
+  x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), x)
+
+
 def train_digits(
   model: nn.Module,
   seed: int = 0,

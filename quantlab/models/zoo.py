@@ -4,12 +4,14 @@ The digits are embedded and trained on the spot; the others read the shared
 folder of real models and data (`quantlab.data.shared_dir`).
 """
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from quantlab import data
@@ -33,6 +35,7 @@ class Sizes(NamedTuple):
   evaluation: int | None
   batch_size: int | None
   data_dir: str | None
+  shapes_only: bool = False
 
 
 def _digits(name: str, model, expected: float, sizes: Sizes, seed: int):
@@ -41,7 +44,9 @@ def _digits(name: str, model, expected: float, sizes: Sizes, seed: int):
   return Workload(
     name=name,
     apply=model.apply,
-    params=digits.train_digits(model, seed),
+    params=digits.shapes(model)
+    if sizes.shapes_only
+    else digits.train_digits(model, seed),
     calibration=data.Batches(
       split.train_x,
       min(size, sizes.calibration or 250),
@@ -282,6 +287,7 @@ def workload(
   batch_size: int | None = None,
   seed: int = 0,
   data_dir: str | None = None,
+  shapes_only: bool = False,
 ) -> Workload:
   """A workload by name, with its parameters loaded (or trained: digits).
 
@@ -292,6 +298,7 @@ def workload(
     batch_size: examples a batch.
     seed: of training, and of the choice of calibration examples.
     data_dir: where prepared sets lie; `quantlab.data.cache_dir()` by default.
+    shapes_only: parameters are shapes, and nothing is trained; to plan with.
 
   Raises:
     ValueError: no such workload.
@@ -303,5 +310,11 @@ def workload(
     raise ValueError(
       f'Unknown workload {name!r}; known: {", ".join(WORKLOADS)}.{hint}'
     )
-  sizes = Sizes(calibration, evaluation, batch_size, data_dir)
-  return WORKLOADS[name](sizes, seed)
+  sizes = Sizes(calibration, evaluation, batch_size, data_dir, shapes_only)
+  found = WORKLOADS[name](sizes, seed)
+  if not shapes_only:
+    return found
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found.params
+  )
+  return dataclasses.replace(found, params=shapes)

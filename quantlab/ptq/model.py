@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from quantlab import rewrites, summary
+from quantlab import rewrites
 from quantlab.core import tree as tree_lib
 from quantlab.plan import Plan
 
@@ -29,7 +29,7 @@ class Quantized:
 
   def summary(self) -> str:
     """A table of the sites with formats, bytes and ways of computing."""
-    return summary.text(self.plan, self.params)
+    return self.plan.summary(self.params)
 
   @property
   def nbytes(self) -> int:

@@ -2,25 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
-
-from quantlab.plan import Storage
-from quantlab.runtime.rng import fold_in_name
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """One PTQ algorithm.
-
-  Attributes:
-    name: as it is reported.
-    encode: `(name, weight, storage, key) -> QTensor` of one stored weight.
-  """
-
-  name: str
-  encode: object
+from quantlab.ptq.transform import Transform
+from quantlab.core.rng import fold_in_name
 
 
 def rtn() -> Transform:
@@ -30,9 +13,11 @@ def rtn() -> Transform:
   rounding; one pass over the weights, no data.
   """
 
-  def encode(name: str, w: jax.Array, storage: Storage, key):
-    if storage.quantizer.rounding == 'stochastic':
-      return storage.quantize(w, fold_in_name(key, name))
-    return storage.quantize(w)
+  def encode(target, stat, key):
+    quantizer = target.storage.quantizer
+    if quantizer.rounding == 'stochastic':
+      key = fold_in_name(key, target.name)
+      return target.storage.quantize(target.weight, key), {}
+    return target.storage.quantize(target.weight), {}
 
-  return Transform('rtn', encode)
+  return Transform('rtn', 'encode', encode=encode)

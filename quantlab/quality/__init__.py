@@ -4,6 +4,7 @@ from quantlab.quality.estimate import Estimate as Estimate
 from quantlab.quality.evaluate import assess as assess
 from quantlab.quality.evaluate import compare as compare
 from quantlab.quality.evaluate import evaluate as evaluate
+from quantlab.quality.flat import flat as flat
 from quantlab.quality.functions import agreement as agreement
 from quantlab.quality.functions import correct as correct
 from quantlab.quality.functions import cosine as cosine

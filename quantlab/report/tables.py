@@ -63,9 +63,9 @@ COLUMNS = (
   ),
   Column('similarity_error', 'similarity error', _number, None, 'low'),
   Column('agreement', 'agreement', _percent, 'agreement_stderr', 'high'),
-  Column('kl_mean', 'KL', _short, 'kl_stderr', 'low'),
+  Column('kl_mean', 'KL', _short, 'kl_mean_stderr', 'low'),
   Column('kl_p99', 'KL 99 %', _short, None, 'low'),
-  Column('sqnr', 'SQNR', _decibel, None, 'high'),
+  Column('sqnr_db', 'SQNR', _decibel, None, 'high'),
   Column('nbytes', 'size', nbytes, None, 'low'),
   Column('bits_per_weight', 'bits/weight', lambda x: f'{x:.2f}', None, 'low'),
 )

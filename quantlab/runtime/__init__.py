@@ -5,7 +5,6 @@ from quantlab.runtime.manifest import environment as environment
 from quantlab.runtime.manifest import fingerprint as fingerprint
 from quantlab.runtime.mesh import make_mesh as make_mesh
 from quantlab.runtime.progress import track as track
-from quantlab.runtime.rng import fold_in_name as fold_in_name
 from quantlab.runtime.usage import peak_bytes as peak_bytes
 from quantlab.runtime.usage import timed as timed
 from quantlab.runtime.workdir import Workdir as Workdir

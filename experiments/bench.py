@@ -1,0 +1,114 @@
+r"""Benchmarks: ratios measured in one run, with their spread.
+
+  python -m experiments.bench --config=configs/bench/trace.py \
+    --workdir=runs/trace
+
+Runs the benchmark that the config names, writes `bench.json` (seconds, ratios,
+limits, peers, versions, device, the machine's load) and `metrics.json`, and
+prints one table. Contestants are interleaved, so that a ratio survives a busy
+machine better than seconds do; `cpu` columns count this process alone. Any
+field of the config is set as `--config.rounds.trace=21`.
+"""
+
+import os
+from typing import Any
+
+import rich
+from absl import app, flags
+from ml_collections import config_flags
+from rich import box
+from rich import table as rich_table
+
+from experiments.benchmarks import BENCHMARKS
+from quantlab import runtime
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to measure.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go.')
+
+
+def _load() -> float | None:
+  """Processes that wanted to run in the last minute, ours included."""
+  return os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
+
+
+def run(config: Any, workdir: str) -> dict[str, Any]:
+  """Runs a benchmark; returns what `bench.json` holds.
+
+  Raises:
+    ValueError: the config names no benchmark, or the folder cannot be used
+      (see `runtime.Workdir`).
+  """
+  if config.benchmark not in BENCHMARKS:
+    raise ValueError(
+      f'unknown benchmark {config.benchmark!r}; known: {sorted(BENCHMARKS)}'
+    )
+  with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
+    before = _load()
+    with runtime.timed() as timer:
+      found = BENCHMARKS[config.benchmark](config)
+    result = {
+      'benchmark': config.benchmark,
+      'config': config.to_dict(),
+      **runtime.environment(),
+      'cores': os.cpu_count(),
+      'load': {'before': before, 'after': _load()},
+      'seconds': timer.seconds,
+      **found,
+    }
+    folder.write_json('bench.json', result)
+    for name, case in result['cases'].items():
+      for contestant, clocks in case['ratios'].items():
+        folder.metrics.record(
+          f'{config.benchmark}/{name}/{contestant}',
+          {clock: ratio['median'] for clock, ratio in clocks.items()},
+        )
+    rich.print(table(result))
+    for name, peer in result['peers'].items():
+      rich.print(f'{name} {peer["version"]}: {peer["why"]}')
+  return result
+
+
+def table(result: dict[str, Any]) -> rich_table.Table:
+  """One line a case and contestant: seconds, ratios to the baseline, limit."""
+  out = rich_table.Table(box=box.SIMPLE_HEAD)
+  out.add_column('case')
+  out.add_column('contestant')
+  for header in ('seconds', 'ratio', 'quartiles', 'cpu ratio', 'limit'):
+    out.add_column(header, justify='right', no_wrap=True)
+  for name, case in result['cases'].items():
+    for i, (contestant, seconds) in enumerate(case['seconds'].items()):
+      ratios = case['ratios'].get(contestant)
+      cells = ['1', '', '1']  # the baseline's
+      if ratios is not None:
+        wall = ratios['wall']
+        cells = [
+          f'{wall["median"]:.2f}',
+          f'{wall["q1"]:.2f} - {wall["q3"]:.2f}',
+          f'{ratios["cpu"]["median"]:.2f}',
+        ]
+      limit = case['limits'].get(contestant)
+      met = case['met'].get(contestant)
+      out.add_row(
+        '' if i else name,
+        contestant,
+        f'{seconds["wall"]["total"]["median"]:.3f}',
+        *cells,
+        '' if limit is None else f'{limit} {"met" if met else "missed"}',
+        style='red' if met is False else None,
+      )
+    out.add_section()
+  return out
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments {argv[1:]}')
+  if not _WORKDIR.value:
+    raise app.UsageError('--workdir is needed: a folder for the results')
+  run(_CONFIG.value, _WORKDIR.value)
+  print(f'written to {_WORKDIR.value}: bench.json, metrics.json')
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  app.run(main)
