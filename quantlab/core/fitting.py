@@ -108,16 +108,22 @@ def simulate(
   if traced and jnp.ndim(limits[1]):
     limits = tuple(units.expand(v) for v in limits)  # type: ignore
   if table is not None:
-    table = spread(table, units.axis)
+    table = spread(table, units.axis, x.ndim)
   step, inverse = units.expand(params.step), units.expand(params.inverse)
   return snap.snap(
     grid, traced, x, step, inverse, zero_point, limits, table, key
   )
 
 
-def spread(table: Array, axis: int) -> Array:
-  """Codebooks (loops..., 2^bits, Nb) as (2^bits, loops..., 1, Nb)."""
-  return jnp.expand_dims(jnp.moveaxis(table, axis, 0), axis)
+def spread(table: Array, axis: int, ndim: int) -> Array:
+  """Codebooks (loops..., 2^bits, Nb) as (2^bits, loops..., 1, Nb).
+
+  Loop axes that the codebooks lack, up to rank `ndim` of the array, are 1.
+  """
+  table = jnp.expand_dims(jnp.moveaxis(table, axis, 0), axis)
+  return table.reshape(
+    table.shape[0], *(1,) * (ndim + 1 - table.ndim), *table.shape[1:]
+  )
 
 
 def _search(x, lo, hi, scale2, units, quantizer, limits, rule) -> Array:

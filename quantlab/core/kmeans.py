@@ -50,9 +50,8 @@ def assign(x: Float[Array, '*b n'], centres: Float[Array, '*b k']) -> Array:
 
 
 def _start(x: Array, weight: Array, k: int) -> Array:
-  order = jnp.argsort(x, axis=-1)
-  x = jnp.take_along_axis(x, order, axis=-1)
-  mass = jnp.cumsum(jnp.take_along_axis(weight, order, axis=-1), axis=-1)
+  x, weight = lax.sort((x, weight), num_keys=1)
+  mass = jnp.cumsum(weight, axis=-1)
   share = (jnp.arange(k, dtype=jnp.float32) + 0.5) / k
   # Rank of the element at which each share of the mass is reached.
   reached = mass[..., None, :] < share[:, None] * mass[..., -1:, None]

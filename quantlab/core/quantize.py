@@ -78,7 +78,7 @@ def decode(
 ) -> Float[Array, '*b p q']:
   """Numbers that the codes stand for, float32, of their shape."""
   units = Units.of(codes.shape, quantizer, axis)
-  tables = _tables(qparams, axis)
+  tables = _tables(qparams, axis, codes.ndim)
   y = quantizer.grid.decode(units.split(codes), *tables)
   if qparams.zero_point is not None:
     y = y - units.expand(qparams.zero_point)
@@ -100,7 +100,7 @@ def _fake_quantize(x, qparams, bits, key, *, quantizer: Quantizer, axis: int):
 def _encode(x, qparams, key, *, quantizer: Quantizer, axis: int):
   grid = quantizer.grid
   units = Units.of(x.shape, quantizer, axis)
-  tables = _tables(qparams, axis)
+  tables = _tables(qparams, axis, x.ndim)
   y = units.split(x.astype(jnp.float32)) * units.expand(qparams.inverse)
   if qparams.zero_point is not None:
     y = nearest_even(y) if key is None else stochastic_floor(key, y)
@@ -110,11 +110,11 @@ def _encode(x, qparams, key, *, quantizer: Quantizer, axis: int):
   return units.merge(grid.encode(y, *tables))
 
 
-def _tables(qparams: QParams, axis: int) -> tuple[Array, ...]:
+def _tables(qparams: QParams, axis: int, ndim: int) -> tuple[Array, ...]:
   """The learned table as a format's method takes it, if there is one."""
   if qparams.codebook is None:
     return ()
-  return (fitting.spread(qparams.codebook, axis),)
+  return (fitting.spread(qparams.codebook, axis, ndim),)
 
 
 def check_key(quantizer: Quantizer, key: Array | None) -> Array | None:

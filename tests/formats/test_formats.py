@@ -1,5 +1,7 @@
 """Every format against the oracle: every code, and the contract of Format."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,7 +16,7 @@ NAMES = [n for n in formats.names() if not n.startswith('codebook')]
 SMALL = [n for n in NAMES if formats.get(n).bits <= 8]
 
 
-def _samples(fmt, n=20_000, seed=0):
+def _samples(fmt, n=6_000, seed=0):
   """Values around and beyond the range, with exact ties and zeros."""
   rng = np.random.default_rng(seed)
   scale = fmt.max * np.exp2(rng.uniform(-12, 1, n))
@@ -26,11 +28,25 @@ def _samples(fmt, n=20_000, seed=0):
   return x[(x == 0) | (np.abs(x) >= 2.0**-126)]  # XLA flushes subnormals
 
 
+@functools.cache
+def run(name):
+  """(x, round(x), codes of x, values of those codes, round(round(x)))."""
+  fmt = formats.get(name)
+  x = _samples(fmt)
+
+  @jax.jit
+  def f(x):
+    rounded, codes = fmt.round(x), fmt.encode(x)
+    return rounded, codes, fmt.decode(codes), fmt.round(rounded)
+
+  return x, *map(np.asarray, f(x))
+
+
 @pytest.mark.parametrize('name', SMALL)
 def test_decode_every_code(name):
   fmt, table = formats.get(name), oracle.table(name)
-  codes = jnp.arange(2**fmt.bits, dtype=jnp.uint8)
-  got = np.asarray(fmt.decode(codes))
+  codes = np.arange(2**fmt.bits, dtype=np.uint8)
+  got = np.asarray(jax.jit(fmt.decode)(codes))
   used = ~np.isnan(table)
   np.testing.assert_array_equal(got[used], table[used].astype(np.float32))
   np.testing.assert_array_equal(np.signbit(got[used]), np.signbit(table[used]))
@@ -42,8 +58,7 @@ def test_decode_every_code(name):
 @pytest.mark.parametrize('name', SMALL)
 def test_encode_is_nearest(name):
   fmt = formats.get(name)
-  x = _samples(fmt)
-  got = np.asarray(jax.jit(fmt.encode)(x))
+  x, _, got, _, _ = run(name)
   want = oracle.nearest(name, np.clip(x, fmt.min, fmt.max))
   table = oracle.table(name)
   np.testing.assert_array_equal(table[got], table[want])
@@ -55,14 +70,11 @@ def test_encode_is_nearest(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_round_trip_is_bit_exact(name):
   fmt = formats.get(name)
-  x = _samples(fmt, seed=1)
-  rounded = np.asarray(jax.jit(fmt.round)(x))
-  codes = np.asarray(jax.jit(fmt.encode)(x))
-  decoded = np.asarray(jax.jit(fmt.decode)(codes))
+  _, rounded, codes, decoded, again = run(name)
   np.testing.assert_array_equal(
     rounded.view(np.uint32), decoded.view(np.uint32)
   )
-  np.testing.assert_array_equal(jax.jit(fmt.round)(rounded), rounded)
+  np.testing.assert_array_equal(again, rounded)
   assert rounded.dtype == np.float32
   assert codes.dtype == fmt.code_dtype
   assert codes.max() < 2**fmt.bits
@@ -72,7 +84,7 @@ def test_round_trip_is_bit_exact(name):
 def test_bounds_nan_and_infinity(name):
   fmt = formats.get(name)
   x = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 3e38, -3e38, 0.0])
-  got = np.asarray(fmt.round(x))
+  got = np.asarray(jax.jit(fmt.round)(x))
   assert np.isnan(got[0])
   np.testing.assert_array_equal(got[1:5], [fmt.max, fmt.min] * 2)
   assert (got[5] == 0) == fmt.has_zero
@@ -159,10 +171,13 @@ def test_narrow_leaves_the_lowest_code_unused():
   np.testing.assert_array_equal(fmt.round(jnp.float32([-8, 8])), [-7, 7])
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name',
+  ['int4', 'int16', 'uint8', 'fp8_e4m3', 'fp4_e2m1', 'nf4', 'pow2_4', 'binary'],
+)
 def test_stochastic_rounding_is_unbiased(name):
   fmt = formats.get(name)
-  n = 4096
+  n = 2048
   rng = np.random.default_rng(4)
   if fmt.bits <= 8:
     v = fmt.values
@@ -173,18 +188,16 @@ def test_stochastic_rounding_is_unbiased(name):
     high = low + 1
   t = rng.uniform(0, 1, 64).astype(np.float32)
   x = low + (high - low) * t
-  keys = jax.random.split(jax.random.key(0), n)
-  got = np.asarray(
-    jax.jit(jax.vmap(lambda k: fmt.stochastic_round(k, jnp.asarray(x))))(keys)
-  )
+  key, many = jax.random.key(0), np.tile(x, (n, 1))
+  got = np.asarray(jax.jit(fmt.stochastic_round)(key, many))
   assert ((got == low) | (got == high)).all()
   # Five standard deviations of the mean of n Bernoulli numbers.
   bound = 5 * (high - low) * 0.5 / np.sqrt(n)
   assert (np.abs(got.mean(0, dtype=np.float64) - x) < bound).all()
-  exact = fmt.stochastic_round(keys[0], jnp.asarray(low))
+  exact = fmt.stochastic_round(key, jnp.asarray(low))
   np.testing.assert_array_equal(exact, low)
   wild = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf])
-  out = np.asarray(fmt.stochastic_round(keys[0], wild))
+  out = np.asarray(fmt.stochastic_round(key, wild))
   assert np.isnan(out[0])
   assert tuple(out[1:]) == (fmt.max, fmt.min)
 
