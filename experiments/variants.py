@@ -1,50 +1,26 @@
 """From a config's plain values to recipes and transforms.
 
-A variant is `{'name': ..., 'rules': ((pattern, rule), ...), 'transform': ...}`. A rule is
-None or a dict of roles, `{'weight': {...}, 'input': {...}}`; a quantizer is a
-dict of its factory's name and arguments, `{'format': 'int4', 'group': 64}`, and
-a range rule likewise, `{'rule': 'mse', 'p': 2.4}`. Nothing else is understood:
+A variant is `{'name': ..., 'rules': ((pattern, rule), ...), 'transform': name}`
+(round to nearest without one). A rule is None or a dict of roles, `{'weight':
+{...}, 'input': {...}}`; a quantizer is a dict of its factory's name and
+arguments, `{'format': 'int4', 'group': 64}`, and a range rule likewise,
+`{'rule': 'mse', 'p': 2.4}`. Nothing else is understood:
 what a config can say is what the public factories take.
 """
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import quantlab as ql
+from quantlab.core import presets
 
-FORMATS = [
-  'binary',
-  'codebook',
-  'dfp16',
-  'fp4_e2m1',
-  'fp6_e2m3',
-  'fp6_e3m2',
-  'fp8_e4m3',
-  'fp8_e5m2',
-  'int2',
-  'int3',
-  'int4',
-  'int5',
-  'int6',
-  'int7',
-  'int8',
-  'mxfp4',
-  'mxfp6',
-  'mxfp8',
-  'mxint8',
-  'nf4',
-  'nvfp4',
-  'pow2',
-  'ternary',
-  'uint2',
-  'uint3',
-  'uint4',
-  'uint5',
-  'uint6',
-  'uint7',
-  'uint8',
-]
+FORMATS = tuple(
+  n
+  for n, value in vars(presets).items()
+  if inspect.isfunction(value) and hasattr(ql, n)
+)
 SCALES = ('absmax', 'absmean', 'absmedian', 'minmax', 'mse', 'percentile')
 TRANSFORMS = {'rtn': ql.rtn, 'gptq': ql.gptq}
 

@@ -1,6 +1,7 @@
 """Progress, fingerprints, meshes."""
 
 import io
+import sys
 
 import jax
 import jax.numpy as jnp
