@@ -34,6 +34,8 @@ from quantlab.core.presets import uint5 as uint5
 from quantlab.core.presets import uint6 as uint6
 from quantlab.core.presets import uint7 as uint7
 from quantlab.core.presets import uint8 as uint8
+from quantlab.io import load as load
+from quantlab.io import save as save
 from quantlab.plan import Plan as Plan
 from quantlab.planner import plan as plan
 from quantlab.ptq import Quantized as Quantized

@@ -255,7 +255,10 @@ def _to_stored(x: Any) -> Any:
 def _from_stored(x: Any, dtype: str) -> Any:
   """The array as it was, on the device unless JAX would change its dtype."""
   if x.dtype.name != dtype:
+    placed = getattr(x, 'sharding', None)
     x = np.asarray(x).view(jnp.dtype(dtype))
+    if placed is not None:
+      return jax.device_put(x, placed)
   if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
     return np.asarray(x)
   return jnp.asarray(x)
