@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantlab import core
-from quantlab.core import LayoutError, QTensor
+from quantlab.core import Layout, LayoutError, QTensor
 
 
 def _slice(eqn, vals):
@@ -38,6 +39,27 @@ def _dynamic_slice(eqn, vals):
       q,
     )
   return q
+
+
+def _squeeze(eqn, vals):
+  """Drops axes of length one; a loop axis (an indexed layer) in all children."""
+  q, axes = vals[0], sorted(a % vals[0].ndim for a in eqn.params['dimensions'])
+  for axis in reversed(axes):
+    loop = q.layout.full(len(q.loops))[axis] + q.ndim
+    q = (
+      _without_loop(q, axis, loop) if loop < len(q.loops) else q.squeeze([axis])
+    )
+  return q
+
+
+def _without_loop(q, axis, loop):
+  loops, full = len(q.loops), list(q.layout.full(len(q.loops)))
+  del full[axis]
+  # Counted from the end, only what stands before the dropped axis moves.
+  full = [a + 1 if a + q.ndim < loop else a for a in full]
+  layout = Layout.make(q.layout.k_shape, q.layout.n_shape, full, loops - 1)
+  q = jax.tree.map(lambda c: jnp.squeeze(c, loop), q)
+  return dataclasses.replace(q, layout=layout)
 
 
 def _broadcast(eqn, vals):
@@ -82,7 +104,7 @@ def _same(eqn, vals):
 _RULES: dict[str, Callable[[Any, Sequence[Any]], Any]] = {
   'transpose': lambda e, v: v[0].transpose(e.params['permutation']),
   'reshape': lambda e, v: v[0].reshape(e.params['new_sizes']),
-  'squeeze': lambda e, v: v[0].squeeze(e.params['dimensions']),
+  'squeeze': _squeeze,
   'expand_dims': lambda e, v: v[0].expand_dims(e.params['dimensions']),
   'broadcast_in_dim': _broadcast,
   'convert_element_type': _convert,
