@@ -79,7 +79,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
             transforms[variant],
             key,
           )
-    rich.print(report.results_table(folder.metrics.values))
+    report.show(report.results_table(folder.metrics.values))
     page = report.render(
       folder.metrics.values,
       report.by_variant(folder.read_json('sites.json', {})),

@@ -8,3 +8,4 @@ from quantlab.report.sites import SiteRow as SiteRow
 from quantlab.report.sites import histogram as histogram
 from quantlab.report.tables import results_table as results_table
 from quantlab.report.tables import rows as rows
+from quantlab.report.tables import show as show

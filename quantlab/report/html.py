@@ -12,7 +12,7 @@ _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5b6470;
   --line: #dde1e6; --wash: #f5f7f9; --mark: #0072b2; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem;
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 82rem;
   font: 15px/1.5 system-ui, 'Segoe UI', Helvetica, Arial, sans-serif;
   color: var(--ink); background: #fff; }
 h1 { font-size: 1.7rem; margin: 0; letter-spacing: -.01em; }

@@ -38,7 +38,7 @@ def _quality_over_size(rows: Sequence[tables.Row]) -> Picture | None:
   reference = points.pop('float', None)
   if not points:
     return None
-  fig = plots.figure(6.2, 3.9)
+  fig = plots.figure(7.4, 3.9)
   label = f'-{name}' if sign < 0 else name
   plots.quality_against_size(fig.subplots(), points, reference, label)
   return plots.to_png(fig), (

@@ -14,6 +14,7 @@ from matplotlib import ticker
 # A palette that stays apart for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8A8F98'
 _CYCLE = (BLUE, ORANGE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+_MARKERS = ('o', '^', 's', 'v')
 
 Axes = mpl_axes.Axes
 Figure = matplotlib.figure.Figure
@@ -128,32 +129,31 @@ def quality_against_size(
   Returns:
     ax.
   """
+  # A legend, not labels at the points: near the top they would overlap.
   for i, (name, (size, quality)) in enumerate(points.items()):
-    color = _CYCLE[i % len(_CYCLE)]
-    ax.scatter([size], [quality], s=28, color=color, zorder=3)
-    ax.annotate(
-      literal(name),
-      (size, quality),
-      xytext=(5, 4 if i % 2 else -9),
-      textcoords='offset points',
-      fontsize=7,
+    ax.scatter(
+      [size],
+      [quality],
+      s=30,
+      color=_CYCLE[i % len(_CYCLE)],
+      marker=_MARKERS[i // len(_CYCLE) % len(_MARKERS)],
+      label=literal(name),
+      zorder=3,
     )
   front = pareto_front(list(points.values()))
   ax.plot(*zip(*front, strict=True), color=GREY, lw=0.9, zorder=1)
   if reference is not None:
     ax.axhline(reference[1], color=GREY, lw=0.8, ls='--')
-    ax.scatter(*reference, s=36, marker='D', color='black', zorder=3)
-    ax.annotate(
-      'float',
-      reference,
-      xytext=(5, 5),
-      textcoords='offset points',
-      fontsize=7,
+    ax.scatter(
+      *reference, s=36, marker='D', color='black', label='float', zorder=3
     )
+  ax.legend(
+    loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8
+  )
   ax.set_xscale('log')
   ax.xaxis.set_major_formatter(ticker.EngFormatter(unit='B'))
   ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-  ax.margins(x=0.18, y=0.12)
+  ax.margins(x=0.08, y=0.12)
   ax.set_xlabel('size of the parameters')
   ax.set_ylabel(label)
   ax.grid(alpha=0.25)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich import console as rich_console
 from rich import table as rich_table
 
 Row = dict[str, Any]
@@ -132,7 +133,9 @@ def cell(row: Row, column: Column) -> str:
   return text if spread is None else f'{text} ± {_spread(column, spread)}'
 
 
-def results_table(metrics: Mapping[str, Any], title: str = '') -> Any:
+def results_table(
+  metrics: Mapping[str, Any], title: str = ''
+) -> rich_table.Table:
   """Every model and variant with the metrics they have, as a rich table.
 
   Args:
@@ -160,6 +163,14 @@ def results_table(metrics: Mapping[str, Any], title: str = '') -> Any:
       style='bold' if row['variant'] == 'float' else None,
     )
   return table
+
+
+def show(table: rich_table.Table) -> None:
+  """Prints a table; a file or a pipe gets it whole, however wide."""
+  console = rich_console.Console()
+  if not console.is_terminal:
+    console = rich_console.Console(width=200)
+  console.print(table)
 
 
 def _spread(column: Column, spread: float) -> str:
