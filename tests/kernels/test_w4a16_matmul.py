@@ -152,12 +152,16 @@ def test_experts_and_transforms(implementation):
       x, p, s, bits=4, group=64, implementation=implementation
     )
 
-  want = np.stack([f(x[i], p[i], s[i]) for i in range(3)])
-  np.testing.assert_allclose(f(x, p, s), want, rtol=1e-4, atol=1e-4)
-  got = jax.jit(jax.vmap(f))(x, p, s)
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-  _, got = jax.lax.scan(lambda c, t: (c, f(*t)), 0, (x, p, s))
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  @jax.jit
+  def program(*args):
+    scanned = jax.lax.scan(lambda c, t: (c, f(*t)), 0, args)[1]
+    return f(*args), jax.vmap(f)(*args), scanned
+
+  v = oracle.signed_value(q, 4)
+  w_hat = [oracle.dequantize(v[i], s[i], 64) for i in range(3)]
+  want = np.float64(x) @ np.stack(w_hat)
+  for got in program(x, p, s):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_reach_x_and_scale(implementation):
@@ -168,7 +172,7 @@ def test_gradients_reach_x_and_scale(implementation):
       x, packing.pack(q, 4), s, bits=4, group=64, implementation=implementation
     ).sum()
 
-  gx, gs = jax.grad(f, (0, 1))(x, s)
+  gx, gs = jax.jit(jax.grad(f, (0, 1)))(x, s)
   v = oracle.signed_value(q, 4)
   w_hat = oracle.dequantize(v, s, 64)
   np.testing.assert_allclose(
