@@ -42,8 +42,8 @@ class Block:
     paths: its parameters, in the order of the program's first inputs.
     program: its own trace: (parameters, stream, context) to the stream out.
     analysis: the sites of `program`, by the ids of the whole program.
-    stream_in, stream_out: shapes and dtypes of the stream; the newest value
-      is the first, what merely passes through follows.
+    stream_in, stream_out: shapes and dtypes of the stream; what is needed
+      soonest comes first, what merely passes through follows.
     layer: which layer of a stack it is (one index per loop), or ().
     slices: the layer's index into those parameters that are stacked.
     inner: the layers of a scanned block one by one, as a chain of blocks.
@@ -228,7 +228,7 @@ class _Builder:
     ]
     if len(here) != 1:
       return ()
-    new = unroll_lib.unroll(piece.flat, here[0], piece.known)
+    new = unroll_lib.unroll(piece.flat, here[0], piece.known, self.sites_of)
     last = unroll_lib.rename(piece.last, new.renamed)
     parts = self.chain(
       new.flat,
@@ -245,11 +245,13 @@ class _Builder:
   def name(self, analysis, layer) -> str:
     """The common prefix of the sites' names, made unique."""
     names = [s.path for s in analysis.sites if s.path] or [
-      s.name for s in analysis.sites
+      s.id for s in analysis.sites
     ]
-    parts = [n.split('/') for n in names]
+    parts = [n.split('/') for n in names] or [['start']]
     depth = 0
-    shortest = min(map(len, parts), default=1) - 1
+    shortest = max(
+      min(map(len, parts)) - 1, int(parts.count(parts[0]) == len(parts))
+    )
     while depth < shortest and len({p[depth] for p in parts}) == 1:
       depth += 1
     base = '/'.join(parts[0][:depth]) if depth else 'block'

@@ -57,6 +57,8 @@ class Liveness:
     readers: operations that need it, in order.
     needed: operations whose results reach the output.
     returned: values that the program returns.
+    held: inputs that go through sites and are added to what comes out (hidden
+      states given from outside): alive until they are, though no stream.
   """
 
   born: dict[int, int]
@@ -65,9 +67,16 @@ class Liveness:
   readers: dict[int, list[int]]
   needed: frozenset[int]
   returned: frozenset[int]
+  held: dict[int, int]
 
   def crossing(self, position: int) -> list[int]:
-    """Values made before a position and needed after it, newest first."""
+    """Values made before a position and needed after it, the soonest first."""
+
+    def next_use(v):
+      readers = self.readers.get(v, ())
+      k = bisect.bisect_left(readers, position)
+      return readers[k] if k < len(readers) else float('inf')
+
     return sorted(
       (
         v
@@ -75,7 +84,7 @@ class Liveness:
         if b < position
         and (self.last.get(v, -1) >= position or v in self.returned)
       ),
-      key=lambda v: (-self.born[v], v),
+      key=lambda v: (next_use(v), -self.born[v], v),
     )
 
 
@@ -106,8 +115,33 @@ def liveness(flat: Flat, known: dict[int, Fact]) -> Liveness:
   last = {v: r[-1] for v, r in readers.items()}
   births = sorted((i, v) for v, i in born.items())
   return Liveness(
-    born, births, last, readers, frozenset(needed), frozenset(returned)
+    born,
+    births,
+    last,
+    readers,
+    frozenset(needed),
+    frozenset(returned),
+    _held(flat, known, sorted(needed)),
   )
+
+
+def _held(flat, known, needed: Sequence[int]) -> dict[int, int]:
+  """Values of the inputs alone that are a residual: their last sum."""
+
+  def alone(var):
+    return known[var].inputs and not known[var].stream
+
+  data: set[int] = set()
+  for i in reversed(needed):
+    op = flat.ops[i]
+    if op.name in _CONTRACTIONS[:3] or data & set(op.outs):
+      data |= {v for v in op.variables if alone(v)}
+  held: dict[int, int] = {}
+  for i in needed:
+    op = flat.ops[i]
+    if op.name == 'add' and any(known[v].stream for v in op.variables):
+      held |= {v: i for v in op.variables if v in data}
+  return held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +213,9 @@ def _gaps(flat, live, here, places) -> list[Gap]:
   alive = _Count(here[0] + 1, here[-1])
   busy = _Count(here[0] + 1, here[-1])
   late: set[int] = set()
+  for stop in live.held.values():
+    alive.add(-1, stop)
+    busy.add(-1, stop)
   for var, readers in live.readers.items():
     alive.add(live.born[var], readers[-1])
     points = [live.born[var], *readers]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -220,29 +220,59 @@ def site_ids(analysis: Analysis) -> Callable[[Op], tuple[str, ...]]:
 
 
 def facts(
-  flat: Flat, sites_of: Callable[[Op], Sequence[str]]
+  flat: Flat,
+  sites_of: Callable[[Op], Sequence[str]],
+  given: Mapping[int, Fact] | None = None,
 ) -> dict[int, Fact]:
-  """What every variable depends on."""
+  """What every variable depends on; `given` is known of the inputs."""
   known = {var: Fact(params=True) for var in flat.leaves}
   known.update((var, Fact()) for var in flat.consts)
   known.update((var, Fact(inputs=True)) for var in flat.inputs)
+  known.update(given or {})
   for op in flat.ops:
-    parts = [known[v] for v in op.variables]
-    fact = Fact(
-      any(p.params for p in parts),
-      any(p.inputs for p in parts),
-      any(p.stream for p in parts) or bool(sites_of(op)),
-    )
-    if op.name == 'enter':  # the carries of an unrolled scan
-      fact = fact._replace(inputs=True, stream=True)
-    same = unchanged(flat, op) if op.name == 'scan' else {}
-    for k, var in enumerate(op.outs):
-      source = op.ins[same[k]] if k in same else None
-      if source is None:
-        known[var] = fact
-      else:
-        known[var] = known[source] if isinstance(source, int) else Fact()
+    if op.name == 'scan':
+      outs = scan_facts(flat, op, known, sites_of)
+    else:
+      fact = _join([known[v] for v in op.variables])
+      outs = [fact._replace(stream=fact.stream or bool(sites_of(op)))]
+      if op.name == 'enter':  # a carry of an unrolled scan
+        outs = [fact._replace(inputs=True, stream=op.key == 'stream')]
+      outs *= len(op.outs)
+    known.update(zip(op.outs, outs, strict=True))
   return known
+
+
+def scan_facts(
+  flat: Flat,
+  op: Op,
+  known: Mapping[int, Fact],
+  sites_of: Callable[[Op], Sequence[str]],
+) -> list[Fact]:
+  """Facts of a scan's carries, over all rounds, and stacked results."""
+
+  def of(facts, atom):
+    return facts[atom] if isinstance(atom, int) else Fact()
+
+  inner = body(flat, op)
+  n_const, n_carry = _jaxpr.scan_counts(op.eqn)
+  given = [of(known, a) for a in op.ins]
+  while True:
+    inside = facts(inner, sites_of, dict(zip(inner.inputs, given, strict=True)))
+    outs = [of(inside, a) for a in inner.outs]
+    carry = given[n_const : n_const + n_carry]
+    joined = [_join(f) for f in zip(carry, outs[:n_carry], strict=True)]
+    if joined == carry:
+      return [*joined, *outs[n_carry:]]
+    given[n_const : n_const + n_carry] = joined
+
+
+def _join(parts: Iterable[Fact]) -> Fact:
+  parts = list(parts)
+  return Fact(
+    any(p.params for p in parts),
+    any(p.inputs for p in parts),
+    any(p.stream for p in parts),
+  )
 
 
 def unchanged(flat: Flat, op: Op) -> dict[int, int]:

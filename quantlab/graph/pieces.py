@@ -85,7 +85,7 @@ class Piece:
       return False
     parts = set(self.flat.ops[self.made[var]].variables)
     small = sum(size(self.flat, v) for v in parts)
-    return size(self.flat, var) < _EXPANDS * small
+    return not parts or size(self.flat, var) < _EXPANDS * small
 
   def evaluate(
     self, ops: Sequence[int], variables: Sequence[int], values: Sequence[Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,9 @@ from quantlab.graph.flat import (
   Fact,
   Flat,
   Leaf,
+  Op,
   producers,
+  scan_facts,
   unchanged,
 )
 
@@ -41,7 +43,12 @@ class Unrolled(NamedTuple):
   renamed: dict[int, Atom]
 
 
-def unroll(flat: Flat, index: int, known: dict[int, Fact]) -> Unrolled:
+def unroll(
+  flat: Flat,
+  index: int,
+  known: dict[int, Fact],
+  sites_of: Callable[[Op], Sequence[str]],
+) -> Unrolled:
   """Unrolls the scan that is operation `index`; `flat` is not changed."""
   op = flat.ops[index]
   [(jaxpr, consts)] = _jaxpr.inner_jaxprs(op.eqn)
@@ -54,19 +61,21 @@ def unroll(flat: Flat, index: int, known: dict[int, Fact]) -> Unrolled:
     consts=dict(flat.consts),
   )
   made = producers(flat)
-  kept = unchanged(flat, op)
-  carry, breaks = list(op.ins[n_const : n_const + n_carry]), []
-  enter = [
-    k
-    for k, a in enumerate(carry)
-    if k not in kept and not (isinstance(a, int) and known[a].stream)
-  ]
-  if enter:  # a loop's state is stream, wherever it starts from
-    outs = [new.like(jaxpr.invars[n_const + k]) for k in enter]
-    new.emit('enter', [carry[k] for k in enter], outs, fn=_enter)
-    for k, var in zip(enter, outs, strict=True):
+  carry = list(op.ins[n_const : n_const + n_carry])
+  breaks: list[int] = []
+  after = scan_facts(flat, op, known, sites_of)
+  for k in set(range(n_carry)) - set(unchanged(flat, op)):
+    before = known[carry[k]] if isinstance(carry[k], int) else Fact()
+    kind = _entering(before, after[k])
+    if kind is not None:
+      var = new.like(jaxpr.invars[n_const + k])
+      new.emit('enter', [carry[k]], [var], fn=_enter, key=kind)
       carry[k] = var
-    breaks.append(len(new.ops))
+      if kind == 'stream' and not before.inputs:
+        # The layers' sites must see it come from outside their block.
+        breaks = [len(new.ops)]
+  if breaks:
+    breaks = [len(new.ops)]
   length = op.eqn.params['length']
   ys = {}
   for step in range(length):
@@ -89,6 +98,15 @@ def unroll(flat: Flat, index: int, known: dict[int, Fact]) -> Unrolled:
   ]
   new.outs = list(rename(flat.outs, renamed))
   return Unrolled(new, breaks, longer, renamed)
+
+
+def _entering(before: Fact, after: Fact) -> str | None:
+  """How a carry enters the first layer: as the others will know it."""
+  if after.stream and not before.stream:
+    return 'stream'
+  if not (after.stream or after.params or before.inputs):
+    return 'context'  # a counter
+  return None
 
 
 def rename(atoms: Iterable[Atom], renamed: dict[int, Atom]) -> tuple[Atom, ...]:
