@@ -38,6 +38,22 @@ class Storage:
   def quantize(self, w: jax.Array, key: jax.Array | None = None) -> Any:
     return core.quantize(w, self.quantizer, self.layout, key=key)
 
+  def simulate(self, w: jax.Array, bits: jax.Array | None = None) -> jax.Array:
+    """`quantize` and back, differentiably; see `core.fake_quantize`.
+
+    Args:
+      w: the logical array.
+      bits: traced widths, a scalar or with leading loop axes.
+    """
+    x = self.layout.to_canonical(w)
+    if bits is not None:
+      loops, bits = x.shape[:-2], jnp.asarray(bits)
+      bits = bits.reshape(*bits.shape, *[1] * (len(loops) - bits.ndim))
+      bits = jnp.broadcast_to(bits, loops)
+    return self.layout.to_logical(
+      core.fake_quantize(x, self.quantizer, axis=-2, bits=bits)
+    )
+
   def abstract(self) -> Any:
     """The QTensor as shapes."""
     w = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
@@ -122,6 +138,16 @@ class Plan:
   @property
   def folded(self) -> frozenset[str]:
     return frozenset(k for k, s in self.sites.items() if s.fold)
+
+  @property
+  def owners(self) -> dict[str, str]:
+    """For every parameter stored as codes, the first site that uses it."""
+    found: dict[str, str] = {}
+    for name, site in self.quantized.items():
+      for path in site.paths if name not in self.effective else ():
+        if path in self.leaves:
+          found.setdefault(path, name)
+    return found
 
   @property
   def static(self) -> dict[str, dict[str, Quantizer]]:

@@ -106,7 +106,11 @@ def computing(site, lhs, rhs, default, state):
 
 
 def simulating(plan: Plan) -> rewrite.Handler:
-  """Fake quantization of every operand; differentiable (straight-through)."""
+  """Fake quantization of every operand; differentiable (straight-through).
+
+  Parameters that are stored as codes are simulated where they are stored, see
+  `fake_quantized`; here come activations and effective weights.
+  """
 
   def handler(site, lhs, rhs, default, state):
     rule = plan.sites[site.id].rule or Rule()
@@ -115,7 +119,7 @@ def simulating(plan: Plan) -> rewrite.Handler:
     if site.side is not None:
       del roles[site.side]
       roles = dict.fromkeys(roles, 'input')
-      if rule.weight is not None:
+      if site.id in plan.effective:
         bits = state.get('weight', {}).get('bits')
         operands[site.side] = ops.fake_quantize_weight(
           operands[site.side], rule.weight, site.dims, bits
@@ -280,11 +284,13 @@ def quantized(
 def fake_quantized(apply: Callable, plan: Plan) -> Callable:
   """`apply` with simulated quantization, on float variables; differentiable.
 
-  What is simulated is what `ql.quantized` deploys: BatchNorms that the plan
-  folds are folded here too, and the effective weight is quantized. Bit-widths
-  may be traced: `variables['sites'][site]['weight']['bits']` (and 'input',
-  'lhs', 'rhs', 'output') is an array, with the loop axes of a scanned site, so
-  one compiled function serves every assignment.
+  What is simulated is what `ql.quantized` deploys: a parameter that is stored
+  as codes is quantized once, as it is stored; BatchNorms that the plan folds
+  are folded here too, and the effective weight is quantized. Bit-widths may be
+  traced: `variables['sites'][site]['weight']['bits']` (and 'input', 'lhs',
+  'rhs', 'output') is an array, with the loop axes of a scanned site, so one
+  compiled function serves every assignment. The width of a parameter with
+  several uses belongs to the first.
 
   Returns:
     A function of `(params or variables, *args, **kwargs)`.
@@ -294,6 +300,7 @@ def fake_quantized(apply: Callable, plan: Plan) -> Callable:
   def evaluate(traced, leaves, inputs, state):
     _refuse_codes(leaves, traced.paths)
     state = fold(traced, leaves, plan, state)
+    leaves, state = _simulated(traced, leaves, plan, state)
     evaluator = evaluator_of(
       traced, leaves, _chosen(plan), handler, folded=plan.folded
     )
@@ -399,6 +406,30 @@ def fold(
     mine['effective'] = stat['weight']
     mine['fold'] = {'shift': stat['shift']}
   return new
+
+
+def _simulated(traced, leaves, plan, state):
+  """Leaves as their codes stand for them; `state` without their widths."""
+  owners = plan.owners
+  values = dict(zip(traced.paths, leaves, strict=True))
+  for path, storage in plan.leaves.items():
+    bits = state.get(owners[path], {}).get('weight', {}).get('bits')
+    values[path] = storage.simulate(values[path], bits)
+  wrong = [
+    k
+    for k, s in state.items()
+    if 'weight' in s and k not in {*owners.values(), *plan.effective}
+  ]
+  if wrong:
+    raise ValueError(
+      f'the variables give a width to the weights of {wrong}, which have none '
+      f'of their own; widths belong to {sorted({*owners.values()})}'
+    )
+  rest = {
+    k: {r: v for r, v in s.items() if r != 'weight' or k in plan.effective}
+    for k, s in state.items()
+  }
+  return [values[p] for p in traced.paths], rest
 
 
 def _refuse_codes(leaves, paths):

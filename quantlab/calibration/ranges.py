@@ -210,6 +210,9 @@ def _search(q: Quantizer, lo, hi, counts):
   centres = (edges[:-1] + edges[1:]) / 2
   if isinstance(q.scale, scales.percentile):
     return _percentile(q, centres, counts)
+  rule = q.scale
+  if not isinstance(rule, scales.mse):
+    raise TypeError(f'{rule!r} needs no search')
   plain = dataclasses.replace(q, scale=_full_range(q), static=False)
 
   def error(ratio):
@@ -217,9 +220,9 @@ def _search(q: Quantizer, lo, hi, counts):
       (lo * ratio)[None, None], (hi * ratio)[None, None], plain
     )
     x_hat = core.fake_quantize(centres[None], plain, qp, axis=-1)[0]
-    return jnp.sum(counts * jnp.abs(x_hat - centres) ** q.scale.p)
+    return jnp.sum(counts * jnp.abs(x_hat - centres) ** rule.p)
 
-  ratios = jnp.asarray(q.scale.ratios())
+  ratios = jnp.asarray(rule.ratios())
   best = ratios[jnp.argmin(jax.lax.map(error, ratios))]
   return lo * best, hi * best
 

@@ -42,7 +42,7 @@ def _dynamic_slice(eqn, vals):
 
 
 def _squeeze(eqn, vals):
-  """Drops axes of length one; a loop axis (an indexed layer) in all children."""
+  """Drops axes of length one; a loop axis (indexed layer) in all children."""
   q, axes = vals[0], sorted(a % vals[0].ndim for a in eqn.params['dimensions'])
   for axis in reversed(axes):
     loop = q.layout.full(len(q.loops))[axis] + q.ndim
