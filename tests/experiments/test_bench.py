@@ -1,0 +1,180 @@
+"""The benchmark launcher: what its JSON holds. Nothing is said of times."""
+
+import builtins
+import importlib.util
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments import bench
+from experiments.benchmarks import timing
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _config(name):
+  path = _ROOT / 'configs' / 'bench' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(f'config_{name}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def _tiny():
+  config = _config('trace')
+  config.model = {
+    'blocks': 1,
+    'dim': 16,
+    'heads': 2,
+    'vocab': 16,
+    'length': 4,
+    'batch': 2,
+  }
+  config.images, config.batches = 2, 1
+  config.rounds = {'trace': 2, 'compile': 1, 'calibration': 2}
+  return config
+
+
+@pytest.fixture(scope='module')
+def without_peer(tmp_path_factory):
+  """A run where qwix cannot be imported, installed or not."""
+  real = builtins.__import__
+
+  def guarded(name, *args, **kwargs):
+    if name.partition('.')[0] == 'qwix':
+      raise ImportError('No module named qwix')
+    return real(name, *args, **kwargs)
+
+  folder = tmp_path_factory.mktemp('bench')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(builtins, '__import__', guarded)
+    result = bench.run(_tiny(), str(folder))
+  return result, folder
+
+
+def _check_case(case):
+  names = set(case['seconds'])
+  assert case['baseline'] in names
+  assert set(case['ratios']) == names - {case['baseline']}
+  assert set(case['limits']) == set(case['met']) <= set(case['ratios'])
+  for clocks in case['ratios'].values():
+    assert set(clocks) == {'wall', 'cpu'}
+    assert all(math.isfinite(v) and v > 0 for v in clocks['wall'].values())
+  for clocks in case['seconds'].values():
+    for stages in clocks.values():
+      for found in stages.values():
+        order = [found[k] for k in ('min', 'q1', 'median', 'q3', 'max')]
+        assert order == sorted(order)
+        assert order[0] >= 0
+
+
+def test_json_holds_cases_ratios_and_where_it_ran(without_peer):
+  result, folder = without_peer
+  found = json.loads((folder / 'bench.json').read_text())
+  assert found['benchmark'] == 'trace'
+  assert found['config']['model']['blocks'] == 1
+  assert found['versions']['jax']
+  assert found['device']['platform']
+  assert set(found['load']) == {'before', 'after'}
+  assert set(found['cases']) == {
+    'trace/bare/cold',
+    'trace/bare/warm',
+    'trace/linen/cold',
+    'trace/linen/warm',
+    'compile/linen',
+    'calibrate/bare',
+    'calibrate/linen',
+    'calibrate/resnet20',
+  }
+  for case in found['cases'].values():
+    _check_case(case)
+  metrics = json.loads((folder / 'metrics.json').read_text())
+  ratio = found['cases']['trace/bare/cold']['ratios']['identity']
+  key = 'trace/trace/bare/cold/identity/wall'
+  assert metrics[key] == ratio['wall']['median']
+  assert bench.table(result).row_count == sum(
+    len(case['seconds']) for case in found['cases'].values()
+  )
+
+
+def test_an_absent_peer_is_said_to_be_absent(without_peer):
+  found = without_peer[0]
+  peer = found['peers']['qwix']
+  assert peer['used'] is False
+  assert 'not compared' in peer['why']
+  case = found['cases']['compile/linen']
+  assert set(case['seconds']) == {'float', 'quantlab'}
+  assert case['baseline'] == 'float'
+  assert case['limits'] == {}
+
+
+def test_w8a8_runs_on_integer_products(without_peer):
+  products = without_peer[0]['cases']['compile/linen']['integer_products']
+  # Six matrices in the one block, and the output matrix.
+  assert products == {'float': 0, 'quantlab': 7}
+
+
+def test_a_peer_computes_the_same_products(tmp_path):
+  pytest.importorskip('qwix')
+  found = bench.run(_tiny(), str(tmp_path))
+  case, peer = found['cases']['compile/linen'], found['peers']['qwix']
+  assert (peer['used'], peer['fair']) == (True, True)
+  assert peer['version']
+  assert case['baseline'] == 'qwix'
+  assert (
+    case['integer_products']['qwix'] == case['integer_products']['quantlab']
+  )
+  assert set(case['limits']) == {'quantlab'}
+  _check_case(case)
+
+
+def test_unknown_benchmark_names_the_known_ones(tmp_path):
+  config = _tiny()
+  config.benchmark = 'tracing'
+  with pytest.raises(ValueError, match=r"unknown benchmark 'tracing'.*trace"):
+    bench.run(config, str(tmp_path / 'never'))
+  assert not (tmp_path / 'never').exists()
+
+
+def test_every_contestant_is_measured_every_round_and_order_rotates():
+  order = []
+
+  def contestant(name):
+    return {
+      'first': lambda _: order.append(name) or name,
+      'second': lambda value: order.append(value.upper()),
+    }
+
+  cleared = []
+  samples = timing.interleaved(
+    {name: contestant(name) for name in 'abc'}, 3, lambda: cleared.append(1)
+  )
+  assert len(cleared) == 12  # a round that is not counted, and three
+  calls = ''.join(order[6:])
+  assert sorted(calls[:6]) == sorted(calls[6:12]) == sorted('aAbBcC')
+  assert len({calls[0], calls[6], calls[12]}) == 3
+  for clocks in samples.values():
+    for stages in clocks.values():
+      assert set(stages) == {'first', 'second', 'total'}
+      assert all(len(v) == 3 for v in stages.values())
+      np.testing.assert_allclose(
+        np.add(stages['first'], stages['second']), stages['total'], atol=1e-9
+      )
+
+
+def test_ratios_are_of_the_same_round():
+  def clocks(*seconds):
+    return {c: {'total': list(seconds)} for c in timing.CLOCKS}
+
+  # The machine is ten times slower in the last round, for both.
+  samples = {'base': clocks(1.0, 2.0, 20.0), 'ours': clocks(2.0, 3.0, 30.0)}
+  case = timing.case(samples, 'base', {'ours': 1.5})
+  wall = case['ratios']['ours']['wall']
+  assert (wall['min'], wall['median'], wall['max']) == (1.5, 1.5, 2.0)
+  assert wall['of_minima'] == 2.0
+  assert case['met'] == {'ours': True}
+  strict = timing.case(samples, 'base', {'ours': 1.4})
+  assert strict['met'] == {'ours': False}
