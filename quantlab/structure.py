@@ -222,11 +222,11 @@ def _rebuild(node: Node, arrays: Mapping[str, Any], path: Path) -> Any:
         _rebuild(v, arrays, (*path, str(i))) for i, v in enumerate(items)
       ]
       return values if kind == 'list' else tuple(values)
-    case {'kind': 'container' | 'object' as kind, 'type': found}:
+    case {'kind': 'container' | 'object', 'type': found}:
       raise StructureError(
-        f'{_name(path)!r} is a {kind} of type {found}, which is restored only '
-        'into a tree of its kind: pass like=, the parameters as the model '
-        'makes them (their values do not matter)'
+        f'{_name(path)!r} is of type {found}, which is restored only into a '
+        'tree of its kind: pass like=, the parameters as the model makes them '
+        '(their values do not matter)'
       )
     case {'kind': str()}:
       return _leaf(node, arrays)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import tree_util
 
 from quantlab.core.qtensor import QTensor
@@ -44,8 +43,9 @@ def named_leaves(tree: Any, is_leaf=is_qtensor) -> list[tuple[str, Any]]:
 
 
 def nbytes(tree: Any) -> int:
-  """Bytes of all arrays, of shapes alone too."""
+  """Bytes of all arrays, of shapes alone too; other leaves take none."""
   return sum(
-    math.prod(jnp.shape(x)) * jnp.result_type(x).itemsize
+    math.prod(x.shape) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
+    if hasattr(x, 'shape') and hasattr(x, 'dtype')
   )

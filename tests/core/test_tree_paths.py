@@ -51,3 +51,6 @@ def test_nbytes():
   shapes = jax.eval_shape(lambda: tree)
   assert core.nbytes(shapes) == core.nbytes(tree)
   assert core.nbytes(np.zeros((2, 3), np.int8)) == 6
+  # Wide arrays as they are, random keys; what is no array takes nothing.
+  mixed = [np.zeros(2), jax.random.key(0), 1.5, 'text', jax.nn.relu]
+  assert core.nbytes(mixed) == 16 + 8
