@@ -36,7 +36,7 @@ def run(config: Any) -> dict[str, Any]:
     c.vocab, c.dim, 4 * c.dim, c.blocks, c.heads, kv_heads=c.heads
   )
   bare = functools.partial(llama.apply, config=sizes)
-  bare_params = llama.init(keys[1], sizes)
+  bare_params = jax.jit(llama.init, static_argnums=1)(keys[1], sizes)
   linen = transformer.Transformer(c.vocab, c.dim, c.heads, c.blocks, c.length)
   linen_params = jax.jit(linen.init)(keys[2], tokens)
 
@@ -47,10 +47,10 @@ def run(config: Any) -> dict[str, Any]:
   ]
   for name, apply, params in models:
     cases |= _tracing(name, apply, params, tokens, config)
-  compiling, peers = _compiling(linen, linen_params, tokens, config)
-  cases |= compiling
+  beside, peers = compiling(linen, linen_params, tokens, config)
+  cases |= beside
   images = jax.random.normal(keys[3], (config.images, 32, 32, 3))
-  resnet_params = resnet_cifar.init(keys[3])
+  resnet_params = jax.jit(resnet_cifar.init)(keys[3])
   models.append(('resnet20', resnet_cifar.apply, resnet_params))
   for name, apply, params in models:
     batch = images if name == 'resnet20' else tokens
@@ -93,7 +93,7 @@ def _tracing(name, apply, params, tokens, config) -> dict[str, Any]:
   }
 
 
-def _compiling(model, params, tokens, config):
+def compiling(model, params, tokens, config):
   """W8A8 from function to executable, beside the peer and the float model."""
   made = ql.ptq(model.apply, params, W8A8, [(tokens,)])
   entries = {
