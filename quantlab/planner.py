@@ -227,15 +227,7 @@ class _Builder:
       elif site.weight_shape is not None and site.dims is not None:
         k = math.prod(site.contraction)
         n = math.prod(site.weight_shape[i] for i in site.dims.w_free)
-        q.check(k, n, self.where(site))
-
-  def where(self, site) -> str:
-    axes = [i - len(site.weight_shape) for i in site.dims.w_contract]
-    axis = axes[0] if len(axes) == 1 else tuple(axes)
-    return (
-      f"'{site.path}' along its contraction axis: shape="
-      f'{site.weight_shape}, axis={axis}'
-    )
+        q.check(k, n, site.path if '/' in site.path else repr(site.path))
 
   def operand_storage(self, site, quantizer) -> Storage:
     """Storage in the axes of the product's operand, layer loops in front."""

@@ -228,6 +228,20 @@ class _Rewrite:
     return jax.jit(run)
 
 
+def _check_effective(plan, traced, state):
+  """Weights that the plan computes beforehand must be there."""
+  missing = [
+    s.id
+    for s in traced.analysis.sites
+    if s.id in plan.effective and 'effective' not in state.get(s.id, {})
+  ]
+  if missing:
+    raise ValueError(
+      f'the variables lack the effective weights of {missing}; pass the whole '
+      "tree that ql.ptq(...) returned as params, not its 'weights' alone"
+    )
+
+
 def _check_state(plan: Plan, state: Mapping[str, Any]) -> None:
   unknown = [k for k in state if k not in plan.sites]
   if unknown:
@@ -258,6 +272,8 @@ def quantized(
     strict = plan.strict if plan is not None else True
 
   def evaluate(traced, leaves, inputs, state):
+    if plan is not None:
+      _check_effective(plan, traced, state)
     evaluator = evaluator_of(
       traced,
       leaves,

@@ -43,11 +43,12 @@ def totals(plan: Plan) -> dict[str, float]:
     for path, (size, _) in plan.parameters.items()
     if path not in plan.leaves and path not in plan.dropped
   )
+  state = tree_lib.nbytes(plan.abstract_state())
   macs = sum(s.macs for s in plan.sites.values())
   covered = sum(s.macs for s in plan.quantized.values())
   return {
     'float_bytes': sum(b for b, _ in plan.parameters.values()),
-    'quantized_bytes': sum(sizes.values()) + kept,
+    'quantized_bytes': sum(sizes.values()) + kept + state,
     'bits_per_weight': 8 * sum(sizes.values()) / elements if elements else 0.0,
     'weights_covered': elements / total if total else 0.0,
     'macs_covered': covered / macs if macs else 0.0,

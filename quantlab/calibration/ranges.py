@@ -121,7 +121,7 @@ def calibrate(
     params,
     batches,
     Extremes(static),
-    watch=True,
+    watch=tuple(static),
   )
   _refuse_unseen(extremes)
   searched = {
@@ -147,28 +147,30 @@ def calibrate(
   }
 
 
-def _stream(observed, variables, batches, monoid, watch=False):
-  """Merges the statistics of all batches; one jitted call a batch."""
+def _stream(observed, variables, batches, monoid, watch=()):
+  """Merges the statistics of all batches; one jitted call a batch.
+
+  The first of the sites `watch` that sees a value that is not finite is named.
+  """
   run = jax.jit(lambda v, args: observed(v, *args)[1])
   merge = jax.jit(lambda a, b: {k: monoid.merge(None, a[k], b[k]) for k in a})
   total = None
   for index, args in enumerate(checked(batches)):
     stats = run(variables, args)
     if watch:
-      _refuse_nonfinite(stats, index)
+      _refuse_nonfinite(stats, watch, index)
     total = stats if total is None else merge(total, stats)
   return total
 
 
-def _refuse_nonfinite(stats, index):
-  for site, roles in jax.device_get(stats).items():
-    for role, found in roles.items():
+def _refuse_nonfinite(stats, sites, index):
+  stats = jax.device_get(stats)
+  for site in sites:
+    for role, found in stats[site].items():
       # An untaken branch leaves the identity: the range from inf to -inf.
       lo, hi = found['lo'], found['hi']
-      fine = np.isfinite(lo) & np.isfinite(hi) | (lo == np.inf) & (
-        hi == -np.inf
-      )
-      if not fine.all():
+      unseen = (lo == np.inf) & (hi == -np.inf)
+      if not (np.isfinite(lo) & np.isfinite(hi) | unseen).all():
         raise ValueError(
           f'calibration batch {index} gives values that are not finite (NaN '
           f'or infinity) in the {role} of site {site!r}; remove the batch, or '

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from quantlab.core import LayoutError, QTensor
 from quantlab.graph import _jaxpr, layouts, statistics, stretches
 from quantlab.graph.sites import Analysis, Site
-from quantlab.graph.values import Dropped, Lost
+from quantlab.graph.values import DROPPED, Dropped, Lost
 
 State = dict[str, Any]
 Stats = statistics.Stats
@@ -453,7 +453,7 @@ class Evaluator:
 
 
 def _stored(leaf, path):
-  return Lost((path,), 'its own storage') if isinstance(leaf, Dropped) else leaf
+  return Lost((path,), DROPPED) if isinstance(leaf, Dropped) else leaf
 
 
 def _densify(value):

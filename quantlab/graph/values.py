@@ -33,6 +33,10 @@ class LostError(TypeError):
   """A quantized or dropped parameter is needed where it has no value."""
 
 
+# What loses a dropped parameter.
+DROPPED = 'its own storage'
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Lost:
@@ -60,6 +64,11 @@ class Lost:
 
   def error(self, where: str) -> LostError:
     name = ', '.join(f"'{p}'" for p in self.paths)
+    if self.operation == DROPPED:
+      return LostError(
+        f'parameter {name} is no longer stored, since effective weights hold '
+        f'what it gave, but it is needed by {where}.'
+      )
     return LostError(
       f"quantized parameter {name} reaches '{self.operation}', which has no "
       f'rule for quantized operands, and its result is needed by {where}. '

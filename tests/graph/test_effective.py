@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quantlab as ql
 from jax import lax
 from oracle import snap
+
+import quantlab as ql
 from quantlab.graph.values import Dropped
 
 W8 = ql.int8()

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quantlab as ql
 from oracle import snap
+
+import quantlab as ql
 
 
 def normal(seed, *shape):
@@ -110,8 +111,8 @@ def test_a_width_for_a_second_use_is_refused():
     simulated({'weights': params, 'sites': state}, X)
   with pytest.raises(ValueError, match=r"unknown sites \['nothing'\]"):
     simulated({'weights': params, 'sites': {'nothing': {}}}, X)
+  model = ql.ptq(apply, params, {'': ql.int8()}, [X])
   with pytest.raises(TypeError, match='takes float parameters'):
-    model = ql.ptq(apply, params, {'': ql.int8()}, [X])
     simulated(model.params, X)
 
 

@@ -1,0 +1,260 @@
+"""Bad input is refused before work starts, by name, with what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from oracle import snap
+
+import quantlab as ql
+
+W8 = ql.int8()
+STATIC = ql.rule(weight=W8, input=ql.int8(per='tensor', static=True))
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+X = normal(9, 4, 8)
+PARAMS = {
+  'params': {'up': {'kernel': normal(0, 8, 12)}, 'down': normal(1, 12, 8)}
+}
+
+
+def apply(variables, x):
+  p = variables['params']
+  return jnp.tanh(x @ p['up']['kernel']) @ p['down']
+
+
+def plan(rules, params=PARAMS, apply=apply, x=X):
+  return ql.plan(apply, params, rules, x)
+
+
+def message_of(error, call):
+  with pytest.raises(error) as caught:
+    call()
+  return ' '.join(str(caught.value).split())
+
+
+# Recipe and format -----------------------------------------------------------
+
+
+def test_group_does_not_divide():
+  message = message_of(ValueError, lambda: plan({'kernel': ql.int4(group=128)}))
+  assert message == (
+    "int4(group=128) does not divide 'params/up/kernel' along its contraction "
+    'axis: shape=(8, 12), axis=-2. Use group=8 (divides 8), group=128 with '
+    "ragged=True (a shorter last group), or None for '.*/up/.*'."
+  )
+  plan({'kernel': ql.int4(group=128, ragged=True)})
+
+
+def test_group_does_not_divide_the_input():
+  rule = ql.rule(weight=W8, input=ql.int8(group=5))
+  message = message_of(ValueError, lambda: plan({'kernel': rule}))
+  assert "int8(group=5) does not divide the input of 'params/up/kernel'" in (
+    message
+  )
+
+
+def test_block_does_not_divide():
+  message = message_of(
+    ValueError, lambda: plan({'down': ql.int8(block=(4, 3))})
+  )
+  assert 'block=(4, 2)' in message
+  assert "'params/down'" in message
+
+
+def test_unknown_format():
+  with pytest.raises(ValueError, match=r'int9.*did you mean'):
+    ql.Quantizer('int9')
+
+
+def test_granularity_given_twice():
+  with pytest.raises(ValueError, match='two granularities at once'):
+    ql.int8(per='tensor', group=4)
+
+
+def test_nothing_is_quantized():
+  message = message_of(ValueError, lambda: plan({'kernel': None}))
+  assert message == 'every rule of the recipe is None: nothing is quantized'
+
+
+def test_rule_of_the_wrong_kind():
+  def attend(p, x):
+    return (x @ p['w']) @ x.T
+
+  params = {'w': normal(0, 8, 8)}
+  message = message_of(
+    ValueError, lambda: plan({'site:dot': W8}, params, attend)
+  )
+  assert "'w/dot_0' is a product of two activations" in message
+  assert "takes ['lhs', 'rhs'], got ['weight']" in message
+  pair = ql.rule(lhs=W8, rhs=W8)
+  message = message_of(ValueError, lambda: plan({'w': pair}, params, attend))
+  assert "'w' is a product with a weight" in message
+
+
+@pytest.mark.parametrize(
+  ('quantizer', 'reason'),
+  [
+    (ql.int8(per='token', static=True), "a static range needs per='tensor'"),
+    (ql.int8(), 'a scale per channel cannot be taken out of the sum'),
+    (ql.int8(per='token', rounding='stochastic'), 'needs a key in every call'),
+  ],
+)
+def test_activation_quantizers_that_cannot_be(quantizer, reason):
+  rule = ql.rule(weight=W8, input=quantizer)
+  message = message_of(ValueError, lambda: plan({'kernel': rule}))
+  assert "input of site 'params/up/kernel'" in message
+  assert reason in message
+
+
+def test_convolution_takes_one_scale_an_image():
+  def conv(p, x):
+    return lax.conv(x, p['w'], (1, 1), 'SAME')
+
+  rule = ql.rule(weight=W8, input=ql.int8(group=3))
+  params = {'w': normal(0, 4, 3, 3, 3)}
+  x = normal(1, 2, 3, 5, 5)
+  message = message_of(ValueError, lambda: plan({'': rule}, params, conv, x))
+  assert "of convolution 'w'" in message
+  assert 'one scale per image' in message
+
+
+def test_stochastic_weights_need_a_key():
+  rules = {'kernel': ql.int8(rounding='stochastic')}
+  with pytest.raises(ValueError, match=r"'params/up/kernel'.*needs ptq"):
+    ql.ptq(apply, PARAMS, rules, [X])
+  a, b = (
+    ql.ptq(apply, PARAMS, rules, [X], key=jax.random.key(seed))
+    for seed in (0, 0)
+  )
+  kernel = a.params['weights']['params']['up']['kernel']
+  np.testing.assert_array_equal(
+    kernel.codes, b.params['weights']['params']['up']['kernel'].codes
+  )
+
+
+# Parameters ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_parameters_that_are_not_finite(bad):
+  params = {'params': dict(PARAMS['params'])}
+  params['params']['down'] = params['params']['down'].at[3, 2].set(bad)
+  with pytest.raises(ValueError, match='NaN or infinity: params/down;'):
+    ql.ptq(apply, params, {'': W8}, [X])
+  ql.ptq(apply, params, {'kernel': W8}, [X])  # not among the chosen
+
+
+def test_an_all_zero_channel_is_fine():
+  params = {'params': dict(PARAMS['params'])}
+  params['params']['down'] = params['params']['down'].at[:, 2].set(0)
+  for rule in (W8, ql.int4(group=4, symmetric=False), ql.mxfp4(group=4)):
+    model = ql.ptq(apply, params, {'': rule}, [X])
+    out = model.apply(model.params, X)
+    assert np.isfinite(out).all()
+    assert not np.any(out[:, 2])
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  both = ql.rule(weight=W8, input=ql.int8(per='token'))
+  for rule in (both, STATIC):
+    model = ql.ptq(apply, zeros, {'': rule}, [jnp.zeros_like(X)])
+    assert not np.any(model.apply(model.params, jnp.zeros_like(X)))
+
+
+def test_integer_parameters():
+  params = {'w': jnp.ones((8, 8), jnp.int8)}
+  x = jnp.ones((4, 8), jnp.int8)
+  message = message_of(
+    TypeError, lambda: plan({'w': W8}, params, lambda p, x: x @ p['w'], x)
+  )
+  assert message == (
+    "site 'w' has int8 parameters; only floating-point parameters are "
+    'quantized. Leave it in float (rule None).'
+  )
+
+
+def test_integer_parameters_that_are_cast():
+  """Someone else's codes, cast and scaled, are an effective weight."""
+  params = {'w': jnp.arange(-32, 32, dtype=jnp.int8).reshape(8, 8), 's': 0.1}
+  model = ql.ptq(lambda p, x: x @ (p['w'] * p['s']), params, {'w': W8}, [X])
+  w = snap.symmetric(np.asarray(params['w']) * np.float32(0.1), 0)
+  np.testing.assert_allclose(
+    model.apply(model.params, X), X @ w, rtol=1e-4, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+def test_half_precision_parameters(dtype):
+  params = jax.tree.map(lambda w: (w / 4).astype(dtype), PARAMS)
+  x = X.astype(dtype)
+  both = ql.rule(weight=W8, input=ql.int8(per='token'))
+  for rule in (W8, both, STATIC, ql.int4(group=4)):
+    model = ql.ptq(apply, params, {'': rule}, [x])
+    out = model.apply(model.params, x)
+    assert out.dtype == dtype
+    kernel = model.params['weights']['params']['up']['kernel']
+    assert kernel.dtype == dtype
+    limit = 0.3 if rule.__class__ is ql.Quantizer and rule.bits == 4 else 3e-2
+    assert snap.error(out, apply(params, x)) < limit
+    simulated = ql.fake_quantized(apply, model.plan)
+    variables = {'weights': params, 'sites': model.params['sites']}
+    assert snap.error(simulated(variables, x), out) < 2e-2
+  kernel = np.asarray(params['params']['up']['kernel'], np.float32)
+  model = ql.ptq(apply, params, {'kernel': W8}, [x])
+  got = model.params['weights']['params']['up']['kernel'].dequantize()
+  want = snap.symmetric(kernel, 0).astype(dtype)
+  np.testing.assert_array_equal(got, want)
+
+
+# Calibration -----------------------------------------------------------------
+
+
+def test_calibration_is_empty():
+  with pytest.raises(ValueError, match='calibration is empty'):
+    ql.ptq(apply, PARAMS, {'': W8}, [])
+
+
+def test_calibration_cannot_be_read_twice():
+  with pytest.raises(
+    TypeError, match=r're-iterable.*one-shot iterator generat'
+  ):
+    ql.ptq(apply, PARAMS, {'': W8}, (x for x in [X]))
+  with pytest.raises(TypeError, match=r'one-shot iterator list_iterator'):
+    ql.ptq(apply, PARAMS, {'': W8}, iter([X]))
+
+
+def test_calibration_batches_of_another_shape():
+  with pytest.raises(ValueError, match=r'calibration batch 1 is .*7\].*8\]'):
+    ql.ptq(apply, PARAMS, {'': STATIC}, [X, normal(0, 4, 7)])
+  with pytest.raises(ValueError, match=r'calibration batch 2 is .*float16'):
+    ql.ptq(apply, PARAMS, {'': STATIC}, [X, X, X.astype(jnp.float16)])
+  # A shorter last batch is no other shape.
+  ql.ptq(apply, PARAMS, {'': STATIC}, [X, X[:2]])
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_calibration_is_not_finite(bad):
+  batches = [X, X.at[1, 2].set(bad)]
+  with pytest.raises(
+    ValueError,
+    match=r"calibration batch 1 .*input of site 'params/up/kernel'; remove",
+  ):
+    ql.ptq(apply, PARAMS, {'': STATIC}, batches)
+
+
+def test_errors_leave_nothing_computed():
+  """A plan is refused from shapes: the function is never run on numbers."""
+  ran = []
+
+  def noisy(variables, x):
+    jax.debug.callback(lambda: ran.append(1))
+    return apply(variables, x)
+
+  with pytest.raises(ValueError, match='does not divide'):
+    ql.ptq(noisy, PARAMS, {'kernel': ql.int4(group=128)}, [X])
+  jax.effects_barrier()
+  assert not ran
