@@ -43,7 +43,9 @@ def dry_run(config: Any) -> None:
   """Prints the plan and the memory of every variant, from shapes."""
   for name in config.models:
     work = _load(config, name, shapes_only=True)
-    for spec in config.variants if work else ():
+    if work is None:
+      continue
+    for spec in config.variants:
       plan = ql.plan(
         work.apply, work.params, variants.recipe(spec), *work.example
       )

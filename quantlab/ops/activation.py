@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from quantlab import core
 from quantlab.core import QParams, Quantizer
-from quantlab.ops.dims import Dims
+from quantlab.ops.dims import Dims, GatherDims
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -30,6 +30,8 @@ def units(
   if role == 'rhs':  # of two activations: (batch..., K, N)
     matrix = dims.w_matrix(x).swapaxes(-1, -2)
     return matrix, lambda y: dims.w_restore(y.swapaxes(-1, -2), x.shape)
+  if isinstance(dims, GatherDims):
+    raise TypeError('an embedding lookup has no activation to quantize')
   return dims.x_matrix(x), lambda y: dims.x_restore(y, x.shape)
 
 

@@ -1,7 +1,10 @@
 """Post-training quantization."""
 
+from quantlab.ptq.gptq import gptq as gptq
 from quantlab.ptq.model import Quantized as Quantized
 from quantlab.ptq.model import restore as restore
-from quantlab.ptq.rtn import Transform as Transform
 from quantlab.ptq.rtn import rtn as rtn
 from quantlab.ptq.run import ptq as ptq
+from quantlab.ptq.transform import Encoder as Encoder
+from quantlab.ptq.transform import Transform as Transform
+from quantlab.ptq.transform import chain as chain

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from quantlab.ptq.transform import Transform
 from quantlab.core.rng import fold_in_name
+from quantlab.ptq.transform import Encoder
 
 
-def rtn() -> Transform:
+def rtn() -> Encoder:
   """Round to nearest (the baseline of every method).
 
   Each unit's scale comes from the quantizer's range rule, codes from
@@ -20,4 +20,4 @@ def rtn() -> Transform:
       return target.storage.quantize(target.weight, key), {}
     return target.storage.quantize(target.weight), {}
 
-  return Transform('rtn', 'encode', encode=encode)
+  return Encoder('rtn', encode)

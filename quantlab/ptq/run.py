@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 from quantlab import rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
-from quantlab.graph import known, tracing
+from quantlab.graph import tracing
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
 from quantlab.planner import make as make_plan
+from quantlab.ptq import walk
 from quantlab.ptq.model import Quantized
-from quantlab.ptq.rtn import Transform, rtn
+from quantlab.ptq.rtn import rtn
+from quantlab.ptq.transform import Context, Encoder, Member, Transform, chain
 from quantlab.recipe import Recipe
 from quantlab.recipe import recipe as as_recipe
 
@@ -26,9 +29,10 @@ def ptq(
   params: Any,
   recipe: Recipe | Mapping[str, Any],
   batches: Iterable[Any],
-  transform: Transform | None = None,
+  transform: Member | Sequence[Member] = (),
   *,
   key: jax.Array | None = None,
+  loss: Callable | None = None,
 ) -> Quantized:
   """Quantizes a model after training.
 
@@ -39,48 +43,54 @@ def ptq(
     recipe: what is quantized and how; see `ql.recipe`.
     batches: re-iterable calibration batches. The first one gives the shapes;
       static activation ranges read all of them.
-    transform: the algorithm; `ql.rtn()` by default.
-    key: for stochastic rounding.
+    transform: the algorithm, or a chain of them; `ql.rtn()` by default.
+    key: for what is random (stochastic rounding, rotations).
+    loss: `(outputs, batch) -> scalar`, for members that need one.
 
   Returns:
     The quantized model; `model.apply(model.params, *batch)` runs it.
 
   Raises:
-    ValueError: see `ql.plan`; calibration is empty, changes its shape or is
-      not finite; a weight is not finite.
+    ValueError: see `ql.plan` and `ql.chain`; calibration is empty, changes
+      its shape or is not finite; a weight is not finite.
   """
-  transform = rtn() if transform is None else transform
+  members = chain(transform)
   args = batches_lib.first(batches)
-  tracer = tracing.Tracer(apply)
-  traced, leaves, inputs = tracer(params, args, {})
+  traced, leaves, inputs = tracing.Tracer(apply)(params, args, {})
   made = make_plan(traced, leaves, inputs, as_recipe(recipe))
   _refuse_nonfinite(made, traced.paths, leaves)
   _refuse_keyless(made, key)
-  sites: dict[str, dict[str, Any]] = ranges.calibrate(
-    apply, params, made, batches
-  )
-  found = jax.jit(
-    lambda ls: known.weights(traced, ls, frozenset(made.effective), made.folded)
-  )(leaves)
-  effective = {
-    name: transform.encode(name, stat['weight'], made.effective[name], key)
-    for name, stat in found.items()
-  }
-  for name, stat in found.items():
-    if 'shift' in stat:
-      sites.setdefault(name, {})['fold'] = {'shift': stat['shift']}
-  stored = dict(zip(traced.paths, leaves, strict=True))
-  coded = {
-    path: transform.encode(path, stored[path], storage, key)
-    for path, storage in made.leaves.items()
-  }
-  variables = {
-    'weights': _replace(params, made, coded),
-    'sites': sites,
-    'effective': effective,
-  }
-  report = {'transform': transform.name, 'batches': _count(batches)}
+  context = Context(apply, traced, made, params, batches, {}, key, loss)
+  for member in members:
+    if isinstance(member, Transform) and member.phase == 'prepare':
+      context = member.run(context)
+  state = ranges.calibrate(apply, context.params, made, batches)
+  context = dataclasses.replace(context, state=_merged(context.state, state))
+  encoder = next((m for m in members if isinstance(m, Encoder)), rtn())
+  run = walk.encode_all if encoder.observe is None else walk.encode_blocks
+  encoded = run(context, encoder)
+  variables = _variables(context, encoded)
+  names = [m.name for m in members] or [encoder.name]
+  report = {**context.report, **encoded.facts, 'transform': names}
   return Quantized(rewrites.quantized(apply, made), variables, made, report)
+
+
+def _merged(*states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """Site states joined role by role."""
+  out: dict[str, dict[str, Any]] = {}
+  for state in states:
+    for site, roles in state.items():
+      out.setdefault(site, {}).update(roles)
+  return out
+
+
+def _variables(context: Context, encoded: walk.Encoded) -> dict[str, Any]:
+  folds = {k: {'fold': {'shift': v}} for k, v in encoded.shifts.items()}
+  return {
+    'weights': _replace(context.params, context.plan, encoded.leaves),
+    'sites': _merged(context.state, folds),
+    'effective': encoded.effective,
+  }
 
 
 def _replace(params: Any, made: Plan, coded: Mapping[str, Any]) -> Any:
@@ -124,7 +134,3 @@ def _refuse_keyless(made: Plan, key) -> None:
     raise ValueError(
       f'stochastic rounding of {stochastic} needs ptq(..., key=...)'
     )
-
-
-def _count(batches: Iterable[Any]) -> int | None:
-  return len(batches) if hasattr(batches, '__len__') else None

@@ -5,6 +5,7 @@ Only matplotlib's object interface is used: no global state, no display.
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -81,8 +82,8 @@ def bytes_bars(
 
 def histogram(
   ax: Axes,
-  before: Mapping[str, Sequence[float]],
-  after: Mapping[str, Sequence[float]] | None = None,
+  before: Mapping[str, Any],
+  after: Mapping[str, Any] | None = None,
   title: str = '',
 ) -> Axes:
   """Distribution of values in float, and of the coded ones on top.

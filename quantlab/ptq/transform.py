@@ -1,0 +1,157 @@
+"""Transforms: the members of a PTQ chain, and what they hand on.
+
+A chain is prepare* encode correct*, with exactly one encode member (`rtn()`
+when none is given). Members see a `Context` and return a new one:
+
+  prepare  changes float weights or inputs so that they quantize better, the
+           function unchanged (smoothing, rotation); scope program.
+  encode   turns every stored weight into codes, one call a weight, with the
+           statistics it asked for of that weight's inputs.
+  correct  changes what is left in float (biases, norms) to make up for it.
+
+How the hard cases pass through:
+  rotate -> gptq          rotate rewrites float weights (program scope); ranges
+                          and Hessians are collected after it, because every
+                          statistic is asked for when its member's turn comes.
+  AWQ -> GPTQ -> tweak    prepare, encode, correct of one walk: in each block
+                          Hessians come from the quantized stream, codes are
+                          made, then norms are tuned against the float stream.
+  QLLM                    a prepare member whose input transform is a gather
+                          (site state 'gather'), applied where the input meets
+                          the site.
+  per-layer bits, scan    one stack is one format; layers are encoded one by
+                          one (`blocks.layers`) and their codes stacked.
+  LSQ, delayed FP8        no transforms: trainable or carried leaves of the
+                          site state, which enter a scan as an extra input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from quantlab.graph import tracing
+from quantlab.graph.sites import Site
+from quantlab.plan import Plan, Storage
+
+PHASES = ('prepare', 'encode', 'correct')
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """One weight to encode.
+
+  Attributes:
+    name: parameter path, or site id of an effective weight.
+    site: the product it is used in (None: encoded without one).
+    weight: the logical array.
+    storage: quantizer and layout it is stored with.
+    layer: which layer of a stack, or ().
+  """
+
+  name: str
+  site: Site | None
+  weight: jax.Array
+  storage: Storage
+  layer: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+  """What a chain works on.
+
+  Attributes:
+    apply: the float function.
+    traced: its trace.
+    plan: the decisions.
+    params: float parameters, as changed so far.
+    batches: calibration batches.
+    state: site state (static ranges, input transforms).
+    key: random key, or None.
+    loss: `(outputs, batch) -> scalar` for members that need one.
+    report: facts found on the way, JSON-able.
+  """
+
+  apply: Callable
+  traced: tracing.Traced
+  plan: Plan
+  params: Any
+  batches: Iterable[Any]
+  state: Mapping[str, Mapping[str, Any]]
+  key: jax.Array | None = None
+  loss: Callable | None = None
+  report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def noted(self, **facts: Any) -> Context:
+    """With more facts in the report."""
+    return dataclasses.replace(self, report={**self.report, **facts})
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """A member of a chain that changes the model before or after encoding.
+
+  Attributes:
+    name: as it is reported.
+    phase: 'prepare' or 'correct'.
+    run: `Context -> Context`.
+  """
+
+  name: str
+  phase: str
+  run: Callable[[Context], Context]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """The member of a chain that makes codes.
+
+  Attributes:
+    name: as it is reported.
+    encode: `(Target, statistics, key) -> (QTensor, facts)`.
+    observe: `Plan -> Observer` of the statistics of each weight's inputs on
+      the quantized stream; None needs no data.
+  """
+
+  name: str
+  encode: Callable[[Target, Any, Any], tuple[Any, dict[str, Any]]]
+  observe: Callable[[Plan], Any] | None = None
+  phase: str = dataclasses.field(default='encode', init=False)
+
+
+Member = Transform | Encoder
+
+
+def chain(*members: Member | Sequence[Member]) -> tuple[Member, ...]:
+  """Several transforms, applied in order.
+
+  Raises:
+    TypeError: a member is not a transform.
+    ValueError: members out of order, or two encode members.
+  """
+  flat: list[Member] = []
+  for member in members:
+    parts = list(member) if isinstance(member, list | tuple) else [member]
+    for part in parts:
+      if not isinstance(part, Member):
+        raise TypeError(
+          f'a chain takes transforms such as ql.gptq(), got {part!r}'
+        )
+      flat.append(part)
+  encoders = [t.name for t in flat if t.phase == 'encode']
+  if len(encoders) > 1:
+    raise ValueError(
+      f'a chain has one member that makes codes, got {encoders}; codes are '
+      'made once'
+    )
+  for before, after in itertools.pairwise(flat):
+    if PHASES.index(before.phase) > PHASES.index(after.phase):
+      raise ValueError(
+        f'{after.name}() ({after.phase}) cannot follow {before.name}() '
+        f'({before.phase}): a chain prepares, then encodes, then corrects'
+      )
+  return tuple(flat)
