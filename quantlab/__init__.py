@@ -3,6 +3,7 @@
 import quantlab_kernels as kernels  # noqa: F401 (ql.kernels)
 from quantlab.core import QTensor as QTensor
 from quantlab.core import Quantizer as Quantizer
+from quantlab.core import nbytes as nbytes
 from quantlab.core import scales as scales
 from quantlab.core.presets import binary as binary
 from quantlab.core.presets import codebook as codebook
@@ -34,11 +35,16 @@ from quantlab.core.presets import uint5 as uint5
 from quantlab.core.presets import uint6 as uint6
 from quantlab.core.presets import uint7 as uint7
 from quantlab.core.presets import uint8 as uint8
+from quantlab.graph.blocks import blocks as blocks
+from quantlab.graph.pairs import pairs as pairs
+from quantlab.graph.pairs import shared_inputs as shared_inputs
 from quantlab.io import load as load
 from quantlab.io import save as save
 from quantlab.plan import Plan as Plan
 from quantlab.planner import plan as plan
 from quantlab.ptq import Quantized as Quantized
+from quantlab.ptq import chain as chain
+from quantlab.ptq import gptq as gptq
 from quantlab.ptq import ptq as ptq
 from quantlab.ptq import rtn as rtn
 from quantlab.quality import compare as compare
