@@ -152,6 +152,9 @@ class Flat:
         self.emit(
           eqn.primitive.name, ins, outs, eqn=eqn, address=here, outer=outer
         )
+        if eqn.primitive.name == 'scan':  # what goes round as it came
+          for k, source in unchanged(self, self.ops[-1]).items():
+            outs[k] = ins[source]
       env.update(zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in jaxpr.outvars]
 
@@ -230,15 +233,11 @@ def facts(
   known.update((var, Fact(inputs=True)) for var in flat.inputs)
   known.update(given or {})
   for op in flat.ops:
-    if op.name == 'scan':
-      outs = scan_facts(flat, op, known, sites_of)
-    else:
-      fact = _join([known[v] for v in op.variables])
-      outs = [fact._replace(stream=fact.stream or bool(sites_of(op)))]
-      if op.name == 'enter':  # a carry of an unrolled scan
-        outs = [fact._replace(inputs=True, stream=op.key == 'stream')]
-      outs *= len(op.outs)
-    known.update(zip(op.outs, outs, strict=True))
+    fact = _join([known[v] for v in op.variables])
+    fact = fact._replace(stream=fact.stream or bool(sites_of(op)))
+    if op.name == 'enter':  # a carry of an unrolled scan
+      fact = fact._replace(inputs=True, stream=op.key == 'stream')
+    known.update((var, fact) for var in op.outs)
   return known
 
 
