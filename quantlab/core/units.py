@@ -60,18 +60,28 @@ class Units:
     return cls(pair[0], axis, pair[1], pair[2])
 
   @functools.cached_property
+  def cut(self) -> tuple[bool, bool]:
+    """Whether each axis has to be split in two.
+
+    Not so where it has one rectangle, or one for each element: axes of length
+    one would cost the compiler its vector loops (twentyfold, in a search).
+    """
+    first, second = (
+      s > 1 and c > 1 for s, c in zip(self.size, self.count, strict=True)
+    )
+    return first, second
+
+  @functools.cached_property
   def whole(self) -> bool:
     """Whether parameters broadcast against the array without splitting."""
-    return all(
-      c == 1 or s == 1 for s, c in zip(self.size, self.count, strict=True)
-    )
+    return not any(self.cut)
 
   @functools.cached_property
   def reduce(self) -> tuple[int, ...]:
     """Axes of the split array that one unit spans."""
-    if not self.whole:
-      return (-3, -1)
-    return tuple(a for a in (-2, -1) if self.count[a] == 1)
+    second = (-1,) if self.cut[1] or self.count[1] == 1 else ()
+    first = (-2 - self.cut[1],) if self.cut[0] or self.count[0] == 1 else ()
+    return first + second
 
   @property
   def padding(self) -> tuple[int, int]:
@@ -80,38 +90,52 @@ class Units:
     return a * c - self.shape[0], b * d - self.shape[1]
 
   def split(self, x: Float[Array, '*b p q']) -> Array:
-    """(loops..., P, Q) -> (loops..., count0, size0, count1, size1)."""
+    """(loops..., P, Q) -> (loops..., [count0,] size0, [count1,] size1)."""
     if self.whole:
       return x
     if any(self.padding):
       pads = [(0, 0)] * (x.ndim - 2) + [(0, p) for p in self.padding]
       x = jnp.pad(x, pads)
-    (a, b), (c, d) = self.size, self.count
-    return x.reshape(*x.shape[:-2], c, a, d, b)
+    return x.reshape(*x.shape[:-2], *self._dims())
 
   def merge(self, x: Array) -> Float[Array, '*b p q']:
     """Undoes `split`."""
     if self.whole:
       return x
-    (a, b), (c, d) = self.size, self.count
-    x = x.reshape(*x.shape[:-4], a * c, b * d)
+    rows, cols = (s * c for s, c in zip(self.size, self.count, strict=True))
+    x = x.reshape(*x.shape[: -len(self._dims())], rows, cols)
     if any(self.padding):
       x = x[..., : self.shape[0], : self.shape[1]]
     return x
 
   def expand(self, p: Array) -> Array:
     """Makes parameters (loops..., count0, count1) broadcast against a split."""
-    return p if self.whole else p[..., :, None, :, None]
+    return p if self.whole else p[self._index(None)]
 
   def squeeze(self, stat: Array) -> Array:
     """Undoes `expand` for a reduction that kept its dimensions."""
-    return stat if self.whole else stat[..., :, 0, :, 0]
+    return stat if self.whole else stat[self._index(0)]
 
   def mask(self) -> np.ndarray | None:
     """False at padded places of a split array; None without padding."""
-    if self.whole or not any(self.padding):
+    if not any(self.padding):
       return None
-    (a, b), (c, d) = self.size, self.count
-    rows = np.arange(a * c) < self.shape[0]
-    cols = np.arange(b * d) < self.shape[1]
-    return (rows[:, None] & cols).reshape(c, a, d, b)
+    rows, cols = (
+      np.arange(s * c) < n
+      for s, c, n in zip(self.size, self.count, self.shape, strict=True)
+    )
+    return (rows[:, None] & cols).reshape(self._dims())
+
+  def _dims(self) -> list[int]:
+    """The trailing sizes of a split array."""
+    dims: list[int] = []
+    for s, c, cut in zip(self.size, self.count, self.cut, strict=True):
+      dims += [c, s] if cut else [s * c]
+    return dims
+
+  def _index(self, inner: int | None) -> tuple:
+    """Index with `inner` at the places where rectangles extend."""
+    index: list = [...]
+    for cut in self.cut:
+      index += [slice(None), inner] if cut else [slice(None)]
+    return tuple(index)

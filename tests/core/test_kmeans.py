@@ -73,6 +73,7 @@ def test_degenerate_rows():
   c = np.asarray(kmeans(x, 4))
   assert np.isfinite(c).all()
   assert (np.diff(c, axis=-1) >= 0).all()
+  assert ((c[1] >= 1) & (c[1] <= 2)).all()  # empty clusters stay in place
   np.testing.assert_allclose(objective(np.asarray(x), c), 0, atol=1e-12)
 
 

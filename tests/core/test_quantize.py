@@ -372,6 +372,19 @@ def test_extreme_magnitudes_stay_finite(q, scale):
   assert np.abs(fake).max() <= 2 * scale
 
 
+@pytest.mark.parametrize('zero', [-1.0, 0.0, 3.0])
+def test_ties_are_settled_before_the_zero_point(zero):
+  """q = round(x / s) + z: with an odd z, round(x / s + z) would differ."""
+  x = np.arange(-3, 3.5, 0.5, dtype=np.float32)[:, None]
+  q = presets.int4(symmetric=False)
+  given = core.QParams(np.float32([[1]]), np.float32([[zero]]))
+  want = np.clip(np.round(x) + zero, -8, 7)
+  codes = core.encode(x, q, given)
+  np.testing.assert_array_equal(q.format.decode(codes), want)
+  np.testing.assert_array_equal(core.decode(codes, q, given), want - zero)
+  np.testing.assert_array_equal(core.fake_quantize(x, q, given), want - zero)
+
+
 def test_unsigned_symmetric_covers_the_positive_part():
   x = np.float32([[-5.0, 0.0, 1.0, 15.0]]).T
   q = presets.uint4(per='channel')
