@@ -64,9 +64,10 @@ class Scene(Values, Protocol):
     Args:
       tag: 'linear' (the same for all channels), 'gain' (a parameter for each),
         'times' (another value for each), 'sign' (ReLU and the like), 'dot' (a
-        product of two activations).
+        product of two activations), 'split' (a weight that keeps groups of
+        channels apart).
       label: the channels.
-      groups: for a 'dot', the channels at each place of its batch axes.
+      groups: for 'dot' and 'split', the channels of each group.
       shifts: whether a constant added to a channel comes through unchanged.
     """
 

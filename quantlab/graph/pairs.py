@@ -192,10 +192,10 @@ def _kind(found: Found) -> str:
 
 
 def _heads(found: Found) -> int:
-  """How many runs of channels attention keeps apart; 0 if they are no runs."""
+  """How many runs of channels are kept apart; 0 if they are no runs."""
   heads = 1
   for tag, groups in found.marks:
-    if tag == 'dot':
+    if tag in ('dot', 'split'):
       first = np.full(found.channels, -1)
       for row in range(len(groups) - 1, -1, -1):
         inside = groups[row][groups[row] >= 0]
@@ -217,6 +217,8 @@ def _rotates(found: Found, members: list[Member], heads: int) -> bool:
   if any(m.role == 'gain' or m.offset for m in members):
     return False
   run = found.channels // heads
+  if run == 1:
+    return False
   for member in members:
     index = member.index.reshape(-1)
     if index.size % run:

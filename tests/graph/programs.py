@@ -127,13 +127,14 @@ def depthwise_mobilenet() -> Program:
   new = Random(2)
 
   def conv(size, i, o, groups=1):
-    kernel = new(size, size, i // groups, o, scale=1.0)
-    return {'kernel': kernel / np.sqrt(kernel[..., 0].size), 'bias': new(o)}
+    kernel = new(size, size, i // groups, o, scale=2.0)
+    bias = new(o, scale=0.1)
+    return {'kernel': kernel / np.sqrt(kernel[..., 0].size), 'bias': bias}
 
   def norm(c):
     return {
       'scale': 1 + new(c, scale=0.1),
-      'bias': new(c),
+      'bias': new(c, scale=0.1),
       'mean': new(c, scale=0.1),
       'var': 1 + abs(new(c)),
     }
@@ -153,7 +154,7 @@ def depthwise_mobilenet() -> Program:
     'blocks': blocks,
     'head': {'kernel': new(6, 2), 'bias': new(2)},
   }
-  return Program(mobilenet_v1.apply, params, (new(2, 16, 16, 3, scale=1.0),))
+  return Program(mobilenet_v1.apply, params, (new(2, 32, 32, 3, scale=1.0),))
 
 
 def timed_unet() -> Program:
