@@ -329,10 +329,9 @@ def _stored_order(site, view, part, k_axes) -> tuple[int, ...]:
   A convolution flattens (spatial..., input channel), whatever the kernel's
   own order.
   """
-  order: list[int] = []
-  for i in site.dims.w_contract:
-    order += [p.axis for p in view.dims[part][i] if p.axis not in order]
-  return tuple(order) if set(order) == set(k_axes) else k_axes
+  pieces = [p for i in site.dims.w_contract for p in view.dims[part][i]]
+  order = tuple(dict.fromkeys(p.axis for p in pieces))
+  return order if set(order) == set(k_axes) else k_axes
 
 
 def check_activation(site: sites_lib.Site, role: str, q: Quantizer) -> None:

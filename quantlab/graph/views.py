@@ -76,7 +76,7 @@ class View:
           left = 1
         else:
           return None
-      dims.append(tuple(taken))
+      dims.append(_merged(taken))
     return dataclasses.replace(self, dims=(tuple(dims),))
 
   def squeeze(self, axes: Sequence[int]) -> View | None:
@@ -120,6 +120,18 @@ class View:
     """Parameter axes that make up the value's axes `which`, in order."""
     pieces = [p for i in which for p in self.dims[part][i]]
     return tuple(sorted({p.axis for p in pieces}))
+
+
+def _merged(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+  """Neighbouring pieces that together are one piece of their axis."""
+  out: list[Piece] = []
+  for p in pieces:
+    last = out[-1] if out else None
+    if last and last.axis == p.axis and last.stride == p.stride * p.size:
+      out[-1] = Piece(p.axis, last.size * p.size, p.stride)
+    else:
+      out.append(p)
+  return tuple(out)
 
 
 def join(views: Sequence[View | None], axis: int) -> View | None:
