@@ -138,7 +138,7 @@ def _power_of_two(span: Array, levels: float | Array, exponent: str) -> Array:
   # is i - j + log2(m / n), the last between -1 and 1.
   e = base.exponent_of(span) - j
   if exponent != 'floor':
-    m = span / base.power_of_two_below(span)
+    m = base.mantissa_of(span)
     if exponent == 'ceil':
       e += (m > n).astype(jnp.int32)
     else:
@@ -153,4 +153,4 @@ def _mantissa_exponent(levels: float | Array) -> tuple[Any, Any]:
   if isinstance(levels, (int, float)):
     half, j = math.frexp(levels)
     return np.float32(2 * half), j - 1
-  return levels / base.power_of_two_below(levels), base.exponent_of(levels)
+  return base.mantissa_of(levels), base.exponent_of(levels)

@@ -161,6 +161,22 @@ def power_of_two_below(x: Float[Array, '*s']) -> Float[Array, '*s']:
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def reciprocal_of_power(x: Float[Array, '*s']) -> Float[Array, '*s']:
+  """1 / x for powers of two in [2^-126, 2^126], exactly.
+
+  By its exponent field: division is exact on CPU, but GPUs may approximate.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  return lax.bitcast_convert_type(np.int32(254 << 23) - bits, jnp.float32)
+
+
+def mantissa_of(x: Float[Array, '*s']) -> Float[Array, '*s']:
+  """|x| / 2^floor(log2 |x|), in [1, 2), exactly, for normal float32 x."""
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  bits = (bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000)
+  return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def exponent_of(x: Float[Array, '*s']) -> Array:
   """floor(log2 |x|) as int32, exactly, for normal float32 x."""
   bits = lax.bitcast_convert_type(x, jnp.int32)

@@ -67,7 +67,8 @@ class Minifloat(base.Format):
   def round(self, x: Float[Array, '*s']) -> Float[Array, '*s']:
     x = base.clamp(self.min, x, self.max)
     step = self._step(x)
-    return base.nearest_even(x / step) * step  # both exact: step is 2^e
+    inverse = base.reciprocal_of_power(step)
+    return base.nearest_even(x * inverse) * step  # both exact: step is 2^e
 
   def stochastic_round(
     self, key: Array, x: Float[Array, '*s']
@@ -75,13 +76,15 @@ class Minifloat(base.Format):
     x = base.clamp(self.min, x, self.max)
     step = self._step(x)
     # The neighbour away from zero may open the next binade: representable.
-    up = base.stochastic_floor(key, jnp.abs(x) / step) * step
+    inverse = base.reciprocal_of_power(step)
+    up = base.stochastic_floor(key, jnp.abs(x) * inverse) * step
     return lax.select(jnp.signbit(x), -up, up)
 
   def encode(self, x: Float[Array, '*s']) -> base.Codes:
     c = base.clamp(self.min, x, self.max)
     step = self._step(c)
-    m = base.nearest_even(jnp.abs(c) / step).astype(jnp.int32)
+    inverse = base.reciprocal_of_power(step)
+    m = base.nearest_even(jnp.abs(c) * inverse).astype(jnp.int32)
     # m carries the hidden bit, which is what adds one to the exponent field;
     # a mantissa rounded up to 2^(M+1) carries into it once more.
     e = base.exponent_of(step) + (self.mbits + self.bias - 1)
