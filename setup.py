@@ -44,10 +44,7 @@ EXTRAS = {
 
 # The kernel core lives in kernels/ and is imported as quantlab_kernels: it
 # depends on nothing of quantlab and may be used alone.
-PACKAGES = [
-  p
-  for p in setuptools.find_packages(ROOT, include=['quantlab', 'quantlab.*'])
-]
+PACKAGES = setuptools.find_packages(ROOT, include=['quantlab', 'quantlab.*'])
 KERNELS = [
   'quantlab_kernels' + p.removeprefix('kernels')
   for p in setuptools.find_packages(ROOT, include=['kernels', 'kernels.*'])

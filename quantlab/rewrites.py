@@ -119,7 +119,7 @@ def simulating(plan: Plan) -> rewrite.Handler:
     if site.side is not None:
       del roles[site.side]
       roles = dict.fromkeys(roles, 'input')
-      if site.id in plan.effective:
+      if site.id in plan.effective and rule.weight is not None:
         bits = state.get('weight', {}).get('bits')
         operands[site.side] = ops.fake_quantize_weight(
           operands[site.side], rule.weight, site.dims, bits
