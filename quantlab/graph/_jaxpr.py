@@ -167,6 +167,11 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
   )
 
 
+def is_tracer(x: Any) -> bool:
+  """Whether a value belongs to a transformation that is under way."""
+  return isinstance(x, jax.core.Tracer)
+
+
 def is_array(x: Any) -> bool:
   return isinstance(
     x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct

@@ -88,6 +88,7 @@ class Tracer:
     found = self._cache.get(key) if key is not None else None
     leaves, inputs = arrays[: len(paths)], arrays[len(paths) :]
     if found is None:
+      _refuse_twins(paths)
       call = _Call(self.apply, (p_tree, a_tree), len(named), dynamic, static)
       found = self._trace(call, avals, paths, leaves)
       if key is not None and found.program.cacheable:
@@ -111,7 +112,7 @@ class Tracer:
     found: dict[int, int | None] = {}
     for const in _jaxpr.all_consts(program):
       leaf = by_id.get(id(const))
-      tracer = isinstance(const, jax.core.Tracer)
+      tracer = _jaxpr.is_tracer(const)
       if leaf is None and not tracer and _kind(const) in kinds:
         leaf = by_print.get(fingerprint(const))
       found[id(const)] = leaf
@@ -140,6 +141,15 @@ class _Call:
     params = jax.tree.unflatten(p_tree, values[: self.num_named])
     args, kwargs = jax.tree.unflatten(a_tree, values[self.num_named :])
     return self.apply(params, *args, **kwargs)
+
+
+def _refuse_twins(paths: Sequence[str]) -> None:
+  if len(set(paths)) < len(paths):
+    twins = sorted({p for p in paths if paths.count(p) > 1})
+    raise ValueError(
+      f'parameters share a path: {", ".join(twins)}; rename one (a key that '
+      "holds '/' reads like two nested keys)"
+    )
 
 
 def closed_over(traced: Traced) -> dict[str, str]:
