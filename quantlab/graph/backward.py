@@ -93,6 +93,32 @@ def _concatenate(scene, op, out, label) -> Sources:
   return found
 
 
+def _stack(scene, op, out, label) -> Sources:
+  axis = op.eqn.params['axis']
+  wide = label.shape[axis] > 1
+  return [(k, label.take(k * wide, axis)) for k in range(len(op.ins))]
+
+
+def _unstack(scene, op, out, label) -> Sources:
+  axis = op.eqn.params['axis']
+  wide = np.expand_dims(label, axis)
+  return [(0, _placed(wide, axis, len(op.outs), out, out + 1))]
+
+
+def _tile(scene, op, out, label) -> Sources:
+  """Every repetition must have the same label."""
+  sizes = scene.shape(op.ins[0])
+  index = tuple(
+    slice(0, size) if n > 1 else slice(None)
+    for n, size in zip(label.shape, sizes, strict=True)
+  )
+  part = label[index]
+  [again] = RULES['tile'](scene, op, [part])
+  if not channels.same(again, label):
+    raise BrokenError
+  return [(0, part)]
+
+
 def _cast(scene, op, out, label) -> Sources:
   RULES['convert_element_type'](scene, op, [label])
   return [(0, label)]
@@ -144,6 +170,9 @@ BACK: dict[str, Callable[[channels.Values, Op, int, Label], Sources]] = {
   'slice': _slice,
   'split': _split,
   'concatenate': _concatenate,
+  'stack': _stack,
+  'unstack': _unstack,
+  'tile': _tile,
   **dict.fromkeys(('mul', 'div'), _scale),
   **dict.fromkeys(('add', 'sub', 'add_any'), _sum),
 }

@@ -43,6 +43,7 @@ _LAYOUT = (
   'stop_gradient',
   'slice',
   'split',
+  'unstack',
 )
 
 

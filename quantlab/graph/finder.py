@@ -24,7 +24,14 @@ _AFFINE = (
   'reshape',
   'transpose',
 )
-_SLICES = ('slice', 'split', 'squeeze', 'reshape', 'convert_element_type')
+_SLICES = (
+  'slice',
+  'split',
+  'unstack',
+  'squeeze',
+  'reshape',
+  'convert_element_type',
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

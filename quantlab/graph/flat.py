@@ -180,10 +180,18 @@ class Flat:
     return outs
 
   def _constrain(self, eqn, which, ins, like):
+    """One operation for each value, so that none depends on the others."""
     outs = [self.like(v) for v in like]
-    fn = functools.partial(_jaxpr.constrain, eqn, which)
-    self.emit('constrain', ins, outs, fn=fn, key=(id(eqn), which))
+    for k, (atom, out) in enumerate(zip(ins, outs, strict=True)):
+      fn = functools.partial(_constrained, eqn, which, k)
+      self.emit('constrain', [atom], [out], fn=fn, key=(id(eqn), which, k))
     return outs
+
+
+def _constrained(eqn, which, k, values):
+  given: list[Any] = [None] * len(eqn.params[which])
+  given[k] = values[0]
+  return [_jaxpr.constrain(eqn, which, given)[k]]
 
 
 def flatten(

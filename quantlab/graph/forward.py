@@ -18,6 +18,7 @@ from quantlab.graph.channels import (
   Labels,
   carried,
   expand,
+  narrow,
   only,
   reshape,
   same,
@@ -82,6 +83,23 @@ def _split(scene, op, labels):
   return np.split(labels[0], np.cumsum(sizes)[:-1], axis)
 
 
+def _unstack(scene, op, labels):
+  axis, label = op.eqn.params['axis'], labels[0]
+  if label.shape[axis] == 1:
+    return [label.squeeze(axis)] * len(op.outs)
+  return [label.take(i, axis) for i in range(len(op.outs))]
+
+
+def _tile(scene, op, labels):
+  reps = op.eqn.params['reps']
+  return [
+    np.tile(
+      labels[0],
+      [r if n > 1 else 1 for r, n in zip(reps, labels[0].shape, strict=True)],
+    )
+  ]
+
+
 def _dynamic_slice(scene, op, labels):
   i, label = only(labels)
   sizes = op.eqn.params['slice_sizes']
@@ -143,17 +161,25 @@ def _concatenate(scene, op, labels):
         if not scene.zero(op.ins[k]):
           scene.join(op, k, known[0])
       return [known[0]]
-  parts = []
-  for label in labels:
-    if label is None:
-      label = np.full([1] * known[0].ndim, -1)
-    parts.append(np.moveaxis(label, axis, 0))
+  return [_joined(labels, axis, [scene.shape(a)[axis] for a in op.ins])]
+
+
+def _joined(labels, axis, sizes):
+  """Labels one after another along an axis; -1 where there is none."""
+  ndim = max(x.ndim for x in labels if x is not None)
+  parts = [np.full([1] * ndim, -1) if x is None else x for x in labels]
+  parts = [np.moveaxis(x, axis, 0) for x in parts]
   wide = np.broadcast_shapes(*(x.shape[1:] for x in parts))
-  sizes = [scene.shape(atom)[axis] for atom in op.ins]
-  parts = [
+  full = [
     np.broadcast_to(x, (n, *wide)) for n, x in zip(sizes, parts, strict=True)
   ]
-  return [np.moveaxis(np.concatenate(parts), 0, axis)]
+  return np.moveaxis(np.concatenate(full), 0, axis)
+
+
+def _stack(scene, op, labels):
+  axis = op.eqn.params['axis']
+  wide = [None if x is None else np.expand_dims(x, axis) for x in labels]
+  return [narrow(_joined(wide, axis, [1] * len(wide)))]
 
 
 # Arithmetic -------------------------------------------------------------------
@@ -277,6 +303,9 @@ RULES: dict[str, Callable[[Any, Op, Labels], Labels]] = {
   'rev': _rev,
   'pad': _pad,
   'concatenate': _concatenate,
+  'stack': _stack,
+  'unstack': _unstack,
+  'tile': _tile,
   **dict.fromkeys(('mul', 'div'), _scale),
   **dict.fromkeys(('add', 'sub', 'add_any'), _sum),
   **dict.fromkeys(('max', 'min'), _extreme),

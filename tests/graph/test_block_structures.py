@@ -11,6 +11,7 @@ from graph.programs import TOKENS, Random, attention, mlp, rms_norm
 from quantlab.graph.blocks import blocks, layers, run
 
 # Scanned stacks --------------------------------------------------------------
+from quantlab.graph.pairs import pairs
 
 
 def test_a_scanned_stack_is_a_chain_of_its_layers():
@@ -263,6 +264,28 @@ def test_jit_remat_cond_while_and_random_keys_inside():
 
   parts = check(apply, params, TOKENS, jax.random.key(3))
   assert [b.sites for b in parts] == [('e',), ('a',), ('c', 'b'), ('d',)]
+
+
+def test_shardings_given_to_an_inner_jit_are_kept():
+  mesh = jax.make_mesh((1,), ('d',), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('d'))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  new = Random()
+  params = {'a': new(8, 6), 'c': new(6, 4)}
+  apply = jax.jit(
+    lambda p, x: jax.nn.relu(x @ p['a']) @ p['c'],
+    in_shardings=(everywhere, rows),
+    out_shardings=rows,
+  )
+  x = new(4, 8)
+  parts = check(apply, params, x)
+  assert [b.paths for b in parts] == [('a',), ('c',)]
+  assert [c.shape for c in parts[0].context(x)] == [(4, 8)]
+  assert parts[1].context(x) == ()
+  traced = jax.make_jaxpr(lambda p, x: run(parts, p, x))(params, x)
+  assert str(traced).count('sharding_constraint') >= 4
+  [pair] = pairs(apply, params, x)
+  assert pair.kind == 'linear'
 
 
 def test_parameters_the_function_closed_over_are_the_blocks_parameters():

@@ -177,6 +177,37 @@ CASES = {
     X,
     [('up_down', 'w', ('o',), (6,), 'scale')],
   ),
+  'heads stacked, tiled and unstacked': (
+    lambda p, x: (
+      jax.nn.relu(
+        jnp.tile(
+          jnp.stack(jnp.unstack((x @ p['a']).reshape(2, 5, 2, 3), axis=2), 3),
+          (1, 1, 1, 2),
+        ).reshape(2, 5, 12)
+      )
+      @ p['c']
+    ),
+    {'a': (8, 6), 'c': (12, 4)},
+    X,
+    [('linear', 'a', ('c',), (6,), 'scale')],
+  ),
+  'weights stacked, and unstacked after the product': (
+    lambda p, x: (
+      (
+        y := jnp.unstack(
+          jnp.einsum('btd,jdf->jbtf', x, jnp.stack([p['a'], p['b']]))
+        )
+      )[0]
+      @ p['c']
+      + jax.nn.relu(y[1]) @ p['d']
+    ),
+    {'a': (8, 6), 'b': (8, 6), 'c': (6, 4), 'd': (6, 4)},
+    X,
+    [
+      ('linear', 'a', ('c',), (6,), 'rotate scale'),
+      ('linear', 'a', ('d',), (6,), 'scale'),
+    ],
+  ),
   'experts': (
     experts,
     {'r': (8, 3), 'g': (3, 8, 6), 'u': (3, 8, 6), 'd': (3, 6, 8)},
