@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from quantlab import ops, rewrites
 from quantlab.core import Layout, Quantizer
-from quantlab.graph import rewrite, tracing
+from quantlab.graph import rewrite, roles, tracing
 from quantlab.graph import sites as sites_lib
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan, SitePlan, Storage
@@ -163,6 +163,7 @@ class _Builder:
       self.notes.append(
         f'{count} product(s) inside {name} are left as they are'
       )
+    self.note_hidden()
     return Plan(
       sites=found,
       leaves=self.stored,
@@ -172,6 +173,16 @@ class _Builder:
       notes=tuple(dict.fromkeys(self.notes)),
       strict=strict,
     )
+
+  def note_hidden(self):
+    """Products of parameters alone are no sites: nothing is quantized."""
+    sited = {p for s in self.traced.analysis.sites for p in s.paths}
+    for path, uses in self.traced.analysis.other_uses.items():
+      if path not in sited and any(u in roles.KINDS for u in uses):
+        self.notes.append(
+          f'{path} is multiplied with other parameters only, before any input: '
+          'no site'
+        )
 
   def is_effective(self, site) -> bool:
     return site.derivation == 'effective' or site.id in self.computed

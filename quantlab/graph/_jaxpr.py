@@ -121,7 +121,7 @@ class Program:
   @property
   def cacheable(self) -> bool:
     """False where the function closed over a tracer of an outer transform."""
-    return not any(isinstance(c, jax.core.Tracer) for c in self.consts)
+    return not any(map(is_tracer, self.consts))
 
 
 def trace(fn: Callable, num_params: int, avals: Sequence[Any]) -> Program:
@@ -168,7 +168,7 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def is_tracer(x: Any) -> bool:
-  """Whether a value belongs to a transformation that is under way."""
+  """Whether a value belongs to a transformation outside the program."""
   return isinstance(x, jax.core.Tracer)
 
 

@@ -72,7 +72,10 @@ class Walker:
     env: dict[Any, Value] = {}
     for var, const in zip(jaxpr.constvars, consts, strict=True):
       leaf = self.constant_leaf(const)
-      env[var] = CONSTANT if leaf is None else whole(leaf, var)
+      if leaf is not None:
+        env[var] = whole(leaf, var)
+      else:  # a tracer of an outer transformation is no constant
+        env[var] = INPUT if _jaxpr.is_tracer(const) else CONSTANT
     env.update(zip(jaxpr.invars, args, strict=True))
     first = len(self.sites)
     literal = _jaxpr.Literal

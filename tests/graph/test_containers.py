@@ -483,3 +483,115 @@ def test_a_dataclass_of_parameters():
   assert isinstance(model.params['weights'], Net)
   assert list(model.plan.sites) == ['w', 'inner/v/0']
   close(out, (X @ W_HAT) @ V_HAT)
+
+
+class Count:
+  """How often each site is evaluated."""
+
+  def init(self, site):
+    return jnp.zeros((), jnp.int32)
+
+  def update(self, site, stat, lhs, rhs, out, state):
+    return stat + 1
+
+  def merge(self, site, a, b):
+    return a + b
+
+
+def test_statistics_are_stacked_by_layer_and_merged_over_steps():
+  def apply(params, x):
+    def layer(x, w):
+      x = lax.fori_loop(0, 4, lambda i, h: jnp.tanh(h @ w), x)
+
+      def step(carry):
+        h, i = carry
+        return lax.scan(lambda h, _: (h @ w, None), h, None, length=3)[0], i + 1
+
+      return lax.while_loop(lambda c: c[1] < 2, step, (x, 0))[0], None
+
+    x, _ = lax.scan(layer, x, params['w'])
+    return lax.cond(
+      x.sum() > 1e9, lambda: x @ params['v'], lambda: (x @ params['u']) * 2
+    )
+
+  params = {'w': normal(0, 2, 8, 8) / 3, 'v': V, 'u': W}
+  out, counts = ql.observe(apply, Count())(params, X)
+  np.testing.assert_array_equal(out, jax.jit(apply)(params, X))
+  assert jax.tree.map(lambda n: np.asarray(n).tolist(), counts) == {
+    'w': [4, 4],  # by layer, over the steps of the for loop
+    'w:1': [6, 6],  # over a scan in a while loop
+    'u': 1,
+    'v': 0,  # the branch that was not taken
+  }
+
+
+# Where a rewritten function may be called ------------------------------------
+
+
+def test_called_in_a_loop_and_over_outer_tracers():
+  params = {'w': W / 3}
+  model = ql.ptq(lambda p, x: jnp.tanh(x @ p['w']), params, {'': W8A8}, [X])
+  want = X
+  for _ in range(3):
+    want = model.apply(model.params, want)
+
+  def loop(params, x):
+    def step(h, _):
+      return model.apply(params, h), None
+
+    return lax.scan(step, x, None, length=3)[0]
+
+  close(jax.jit(loop)(model.params, X), want)
+
+  def scaled(s):
+    def apply(p, x):
+      return x @ p['w'] * s  # closes over a tracer: nothing may be kept
+
+    run = ql.fake_quantized(apply, ql.plan(apply, params, {'': W8}, X))
+    return run(params, X) + run(params, X)
+
+  y = 2 * X @ snap.symmetric(params['w'], 0)
+  close(jax.jit(scaled)(3.0), 3 * y)
+  close(jax.vmap(scaled)(jnp.array([2.0, 3.0]))[1], 3 * y)
+  close(jax.grad(lambda s: scaled(s).sum())(2.0), y.sum())
+
+
+# What is no site, and what has no name ---------------------------------------
+
+
+def test_products_of_parameters_alone_are_noted():
+  def apply(p, x):
+    return (x + p['position'] @ p['mix']) @ p['v']
+
+  params = {'position': normal(0, 4, 8), 'mix': W, 'v': V}
+  plan = ql.plan(apply, params, {'v': W8}, X)
+  assert list(plan.sites) == ['v']
+  assert [n.split()[0] for n in sorted(plan.notes)] == ['mix', 'position']
+  assert all('no site' in n for n in plan.notes)
+
+
+def test_parameters_of_one_path_are_refused():
+  params = {'a/b': {'c': W}, 'a': {'b/c': V}}
+  with pytest.raises(ValueError, match='share a path: a/b/c'):
+    ql.plan(lambda p, x: x @ p['a/b']['c'] @ p['a']['b/c'], params, {'': W8}, X)
+
+
+def test_nnx_state_with_keys_and_norms():
+  from flax import nnx
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.linear = nnx.Linear(8, 8, rngs=rngs)
+      self.drop = nnx.Dropout(0.5, rngs=rngs, deterministic=True)
+      self.norm = nnx.BatchNorm(8, rngs=rngs, use_running_average=True)
+
+    def __call__(self, x):
+      return self.norm(self.drop(self.linear(x)))
+
+  net = Net(nnx.Rngs(0))
+  graph, state = nnx.split(net)  # parameters, statistics and random keys
+  out, model = run(lambda s, x: nnx.merge(graph, s)(x), state, X)
+  kernel = np.asarray(state['linear']['kernel'][...])
+  want = X @ snap.symmetric(kernel, 0) / np.sqrt(1 + 1e-5)
+  close(out, want)
+  assert model.plan.folded == {'linear/kernel'}
