@@ -73,10 +73,12 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> rich_table.Table:
   """One line a case and contestant: seconds, ratios to the baseline, limit."""
-  out = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  out = rich_table.Table(
+    box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+  )
   for header in ('case', 'contestant'):
     out.add_column(header, no_wrap=True)
-  for header in ('seconds', 'ratio, quartiles', 'cpu', 'limit'):
+  for header in ('seconds', 'ratio (q1-q3)', 'cpu', 'limit'):
     out.add_column(header, justify='right', no_wrap=True)
   for name, case in result['cases'].items():
     for i, (contestant, seconds) in enumerate(case['seconds'].items()):
