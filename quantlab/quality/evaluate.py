@@ -35,8 +35,8 @@ def evaluate(
       (the batch and the examples are named).
     TypeError: a batch or an output of the wrong kind.
   """
-  step = _cached((apply,), metric, ('quality',))
-  stats = _stream(step, (params,), batches, metric.targets)
+  step = _cached(_judging, apply, metric, ('quality',))
+  stats = _stream(step, params, batches, metric.targets)
   return metric.finish([batch['quality'] for batch in stats])
 
 
@@ -69,8 +69,9 @@ def compare(
     ValueError: as `evaluate`; or outputs of different shapes.
     TypeError: as `evaluate`.
   """
-  step = _cached((apply_a, apply_b), metric, ('contrast',))
-  stats = _stream(step, (params_a, params_b), batches, metric.targets)
+  step = _cached(_judging, apply_b, metric, ('contrast',))
+  reference = functools.partial(_cached(_outputs, apply_a), params_a)
+  stats = _stream(step, params_b, batches, metric.targets, reference)
   return metric.conclude([batch['contrast'] for batch in stats])
 
 
@@ -97,8 +98,9 @@ def assess(
     of a, of b, and what `compare` gives of the two.
   """
   parts = 'reference', 'quality', 'contrast'
-  step = _cached((apply_a, apply_b), metric, parts)
-  stats = _stream(step, (params_a, params_b), batches, metric.targets)
+  step = _cached(_judging, apply_b, metric, parts)
+  reference = functools.partial(_cached(_outputs, apply_a), params_a)
+  stats = _stream(step, params_b, batches, metric.targets, reference)
   finish = {'contrast': metric.conclude}
   return {
     part: finish.get(part, metric.finish)([batch[part] for batch in stats])
@@ -106,47 +108,49 @@ def assess(
   }
 
 
-# Few, because a compiled step holds on to the models it closes over.
+# Few, because a compiled function holds on to the model it closes over.
 @functools.lru_cache(maxsize=8)
-def _compiled(
-  applies: tuple[Apply, ...], metric: metrics.Metric, parts: tuple[str, ...]
-) -> Callable:
-  return jax.jit(_step(applies, metric, parts))
+def _compiled(make: Callable, apply: Apply, *args: Any) -> Callable:
+  return jax.jit(make(apply, *args))
 
 
-def _cached(
-  applies: tuple[Apply, ...], metric: metrics.Metric, parts: tuple[str, ...]
-) -> Callable:
-  """The jitted step; compiled once for a model, however often it is asked."""
+def _cached(make: Callable, apply: Apply, *args: Any) -> Callable:
+  """The jitted function; compiled once for a model, however often asked.
+
+  The reference is a function of its own, so that judging many variants of a
+  model compiles the model itself once.
+  """
   try:
-    hash(applies)
+    hash(apply)
   except TypeError:  # what cannot be hashed cannot be looked up
-    return _compiled.__wrapped__(applies, metric, parts)
-  return _compiled(applies, metric, parts)
+    return _compiled.__wrapped__(make, apply, *args)
+  return _compiled(make, apply, *args)
 
 
-def _step(
-  applies: tuple[Apply, ...], metric: metrics.Metric, parts: tuple[str, ...]
+def _outputs(apply: Apply) -> Callable:
+  """`(params, inputs) -> outputs`, checked to be one array."""
+  return lambda params, inputs: _array(apply(params, *inputs))
+
+
+def _judging(
+  apply: Apply, metric: metrics.Metric, parts: tuple[str, ...]
 ) -> Callable:
-  """`(params, inputs, targets) -> {part: {name: array}}` of one batch.
+  """`(params, inputs, targets, reference) -> {part: {name: array}}`.
 
-  The model to judge is the last of `applies`, the reference the first.
+  The statistics of one batch; `reference` are the outputs to compare with, or
+  None.
   """
 
-  def step(params, inputs, targets):
-    outputs = [
-      _array(apply(p, *inputs))
-      for apply, p in zip(applies, params, strict=True)
-    ]
-    reference, judged = outputs[0], outputs[-1]
-    if reference.shape != judged.shape:
-      raise ValueError(
-        'The outputs of both models must have one shape; got '
-        f'{reference.shape} of the reference and {judged.shape}.'
-      )
+  def step(params, inputs, targets, reference):
+    judged = _array(apply(params, *inputs))
     counted = metric.counts(judged, *targets)
     stats = {'finite': {'model': _finite(judged, counted)}}
-    if len(outputs) > 1:
+    if reference is not None:
+      if reference.shape != judged.shape:
+        raise ValueError(
+          'The outputs of both models must have one shape; got '
+          f'{reference.shape} of the reference and {judged.shape}.'
+        )
       stats['finite']['reference model'] = _finite(reference, counted)
     if 'reference' in parts:
       stats['reference'] = metric.update(reference, *targets)
@@ -177,13 +181,18 @@ def _finite(outputs: jax.Array, counted: jax.Array) -> jax.Array:
 
 
 def _stream(
-  step: Callable, params: tuple, batches: Iterable[Any], targets: int
+  step: Callable,
+  params: Any,
+  batches: Iterable[Any],
+  targets: int,
+  reference: Callable = lambda inputs: None,
 ) -> list[dict[str, metrics.Stats]]:
   """Statistics of every batch, one batch of work ahead of the host."""
   stats: list[dict[str, metrics.Stats]] = []
   ahead = None
   for i, batch in enumerate(batches):
-    device = step(params, *_split(batch, targets, i))
+    inputs, wanted = _split(batch, targets, i)
+    device = step(params, inputs, wanted, reference(inputs))
     if ahead is not None:
       stats.append(_fetch(ahead, i - 1))
     ahead = device

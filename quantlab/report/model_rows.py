@@ -76,9 +76,8 @@ def _row(site: SitePlan, coded, floats, noise) -> SiteRow:
 def _histograms(site, q: QTensor, floats):
   values = {'weight_coded': q.dequantize()}
   if site.derivation == 'leaf' and not site.fold:
+    # An effective weight is stored nowhere in float.
     values['weight'] = floats[site.paths[0]]
-  else:  # an effective weight is not stored in float
-    values['weight'] = values.pop('weight_coded')
   return {k: histogram(_sample(v)) for k, v in values.items()}
 
 

@@ -82,8 +82,15 @@ def _site_bars(table: Sequence[sites.SiteRow]) -> Picture | None:
     return None
   shown = table[:_MOST_SITES]
   names = [r['site'] for r in shown]
-  fig = plots.figure(9.6, 1.0 + 0.2 * len(shown))
-  error, bits, size = fig.subplots(1, 3)
+  fig, axes = plots.grid(
+    9.6,
+    0.7 + 0.2 * len(shown),
+    (1, 3),
+    left=plots.label_width(names),
+    below=0.55,
+    above=0.1,
+  )
+  error, bits, size = axes[0]
   plots.sqnr_bars(error, names, [sites.finite(r, 'sqnr') for r in shown])
   plots.bits_bars(bits, names, [_or_zero(r, 'bits') for r in shown])
   plots.bytes_bars(
@@ -110,21 +117,21 @@ def _histograms(table: Sequence[sites.SiteRow]) -> Picture | None:
     (r, what)
     for r in worst
     for what in ('weight', 'input')
-    if what in r['histograms']
+    if {what, f'{what}_coded'} & r['histograms'].keys()
   ]
   across = 4
   down = -(-len(panels) // across)
-  fig = plots.figure(9.6, 1.6 * down + 0.2)
-  axes = fig.subplots(down, across, squeeze=False).ravel()
+  fig, axes = plots.grid(9.6, 1.7 * down, (down, across))
+  axes = axes.ravel()
   for ax in axes[len(panels) :]:
     ax.set_visible(False)
   for ax, (r, what) in zip(axes, panels, strict=False):
     found = r['histograms']
     title = f'{plots.shorten(r["site"], 24)} {what}'
-    plots.histogram(ax, found[what], found.get(f'{what}_coded'), title)
+    plots.histogram(ax, found.get(what), found.get(f'{what}_coded'), title)
   return plots.to_png(fig), (
-    'Values in float (filled) and after coding (line), log counts; the sites '
-    'with the most error first' + _rest(known, worst)
+    'Values in float (filled, where they are kept) and after coding (line), '
+    'log counts; the sites with the most error first' + _rest(known, worst)
   )
 
 

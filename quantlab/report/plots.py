@@ -22,8 +22,55 @@ Figure = matplotlib.figure.Figure
 
 
 def figure(width: float, height: float) -> Figure:
-  """An empty figure of a size in inches."""
+  """An empty figure of a size in inches, whose parts make room by themselves.
+
+  That takes several drawings of everything: a report has two figures for every
+  variant, and these are laid out by `grid` instead.
+  """
   return Figure(figsize=(width, height), layout='constrained')
+
+
+def grid(
+  width: float,
+  height: float,
+  shape: tuple[int, int],
+  *,
+  left: float = 0.4,
+  below: float = 0.25,
+  above: float = 0.25,
+) -> tuple[Figure, np.ndarray]:
+  """A figure of equal panels at fixed places, in inches.
+
+  Args:
+    width: of the figure.
+    height: of the figure.
+    shape: rows and columns of panels.
+    left: room for tick labels at the left of the first column.
+    below: room for tick labels under each panel.
+    above: room for a title over each panel.
+
+  Returns:
+    The figure and its axes, of that shape.
+  """
+  down, across = shape
+  gap = 0.4  # between columns
+  panel_width = (width - left - 0.1 - gap * (across - 1)) / across
+  panel_height = height / down - below - above
+  fig = Figure(figsize=(width, height))
+  axes = fig.subplots(
+    down,
+    across,
+    squeeze=False,
+    gridspec_kw={
+      'left': left / width,
+      'right': 1 - 0.1 / width,
+      'bottom': below / height,
+      'top': 1 - above / height,
+      'wspace': gap / panel_width,
+      'hspace': (below + above) / panel_height,
+    },
+  )
+  return fig, axes
 
 
 def to_png(fig: Figure, dpi: int = 110) -> bytes:
@@ -90,22 +137,30 @@ def histogram(
 
   Args:
     ax: where to draw.
-    before: {'edges': n + 1, 'counts': n} of the float values.
+    before: {'edges': n + 1, 'counts': n} of the float values; None where they
+      are not known.
     after: the same of the values their codes stand for.
     title: above it.
 
   Returns:
     ax. Counts are logarithmic: the tails decide the scale.
   """
-  ax.stairs(
-    before['counts'], before['edges'], fill=True, color='#B9D6EA', label='float'
-  )
+  if before is not None:
+    ax.stairs(
+      before['counts'],
+      before['edges'],
+      fill=True,
+      color='#B9D6EA',
+      label='float',
+    )
   if after is not None:
     ax.stairs(
       after['counts'], after['edges'], color=ORANGE, lw=1.0, label='coded'
     )
   ax.set_yscale('log')
   ax.set_ylim(bottom=0.5)
+  ax.yaxis.set_major_locator(ticker.LogLocator(numticks=4))
+  ax.yaxis.set_minor_locator(ticker.NullLocator())
   ax.set_title(literal(title), fontsize=8)
   ax.tick_params(labelsize=7)
   ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
@@ -224,6 +279,12 @@ def shorten(name: str, limit: int = 38) -> str:
 def literal(text: str) -> str:
   """Text that matplotlib shows as it is: '$' would start a formula."""
   return text.replace('$', r'\$')
+
+
+def label_width(names: Sequence[str]) -> float:
+  """Inches that the names of sites take beside an axis."""
+  longest = max((len(shorten(name)) for name in names), default=0)
+  return 0.15 + 0.06 * longest  # the mean width of a letter of 7 points
 
 
 def _site_axis(ax: Axes, sites: Sequence[str]) -> None:
