@@ -149,6 +149,9 @@ def _fitting(label: Label, shape: Sequence[int]) -> Label:
   return label
 
 
+# A shift or a rotation does not come back through these as it is.
+ARITHMETIC = ('neg', 'mul', 'div', 'add', 'sub', 'add_any')
+
 BACK: dict[str, Callable[[channels.Values, Op, int, Label], Sources]] = {
   **dict.fromkeys(
     (

@@ -45,6 +45,7 @@ class FoundMember:
   site: str | None
   offset: float
   bias: tuple[int, Label, Label] | None
+  plain: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +83,7 @@ class _Start:
   channels: int
   role: str
   site: str | None
+  plain: bool = True
 
 
 class Finder:
@@ -130,7 +132,9 @@ class Finder:
         continue
       kernels |= set(roots)
       if site.kind != 'gather':
-        weights.append(_Start(roots, label.size, 'kernel', site.id))
+        plain = self.region.plain(op.ins[position])
+        start = _Start(roots, label.size, 'kernel', site.id, plain)
+        weights.append(start)
     for root in self.region.roots():
       for var in self.vectors(root) if root not in kernels else ():
         shape = self.region.shape(var)
@@ -241,6 +245,7 @@ class Finder:
       name,
       part.offset,
       bias,
+      part.plain and (part.role != 'seed' or start.plain),
     )
 
   def source(self, flow: Flow) -> tuple[str, str | None]:
@@ -276,7 +281,7 @@ class Finder:
         op = region.flat.ops[index]
         if op.name == 'add' and region.fixed(op.ins[1 - side]):
           bias = self.alone(op.ins[1 - side], label, count)
-          if kernel.number != part.origin.number:
+          if kernel.number != part.origin.number or bias.loops != kernel.loops:
             return None
           return bias.number, bias.label, kernel.label
         if op.name not in ('reshape', 'transpose', 'convert_element_type'):
@@ -286,7 +291,9 @@ class Finder:
       return None
 
   def alone(self, atom, label: Label, count: int) -> Origin:
-    """The one parameter behind a fixed value that has no other use."""
+    """The one parameter that a value is, if it has no other use."""
+    if not self.region.plain(atom):
+      raise BrokenError
     roots = self.region.pull(atom, label)
     for root, mine in roots.items():
       if len(roots) == 1 and len(self.region.terminals(root)) == 1:
@@ -354,6 +361,6 @@ def _shift(parts, bias_ops, members, channels) -> int | None:
   for part in parts:
     if part.role == 'bias' and any(t.op == op for t in part.uses):
       mine = {c % channels for c in channels_of(part.origin.label)}
-      if members <= mine and len(part.uses) == 1:
+      if members <= mine and len(part.uses) == 1 and part.plain:
         return part.origin.number
   return None

@@ -293,17 +293,5 @@ def unchanged(flat: Flat, op: Op) -> dict[int, int]:
   }
 
 
-def uses(flat: Flat) -> dict[int, list[int | None]]:
-  """Indices of the operations that read a variable; None: it is returned."""
-  users: dict[int, list[int | None]] = {}
-  for i, op in enumerate(flat.ops):
-    for var in op.variables:
-      users.setdefault(var, []).append(i)
-  for atom in flat.outs:
-    if isinstance(atom, int):
-      users.setdefault(atom, []).append(None)
-  return users
-
-
 def producers(flat: Flat) -> dict[int, int]:
   return {var: i for i, op in enumerate(flat.ops) for var in op.outs}

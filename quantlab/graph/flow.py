@@ -30,12 +30,14 @@ class Touch(NamedTuple):
     label: of the operand.
     bias: the operation that added the last bias before it, if nothing but
       rearrangements lies between (a shift comes through too); else None.
+    plain: whether the operand is a parameter, rearranged at most.
   """
 
   op: int
   position: int
   label: Label
   bias: int | None
+  plain: bool
 
 
 class Mark(NamedTuple):
@@ -53,13 +55,15 @@ class Part(NamedTuple):
     origin: the parameter and which channel its elements belong to.
     role: 'seed', 'bias' or 'consumer'.
     uses: where it is used (none for a seed).
+    plain: see `Touch`; a seed's is for the one who planted it to know.
     offset: what the program adds to it before use (a gain of 1 + g).
   """
 
   origin: Origin
   role: str
   uses: tuple[Touch, ...]
-  offset: float = 0.0
+  plain: bool
+  offset: float
 
 
 def channels_of(label: Label) -> frozenset[int]:
@@ -173,12 +177,16 @@ class Flow:
     return self.region.zero(atom)
 
   def join(self, op: Op, position: int, label: Label) -> None:
-    self.joined.append(Touch(self.index, position, label, None))
+    self.joined.append(self._touch(op, position, label))
     streams = op.name == 'add' and not self.fixed(op.ins[1 - position])
     self.now = self.index if streams else None
 
   def absorb(self, op: Op, position: int, label: Label) -> None:
-    self.absorbed.append(Touch(self.index, position, label, self.now))
+    self.absorbed.append(self._touch(op, position, label))
+
+  def _touch(self, op: Op, position: int, label: Label) -> Touch:
+    plain = self.region.plain(op.ins[position])
+    return Touch(self.index, position, label, self.now, plain)
 
   def averages(self, atom: Atom, axis: int) -> bool:
     return self.region.averages(atom, axis)
@@ -229,7 +237,8 @@ class Flow:
         self._kill(label)
         continue
       offset = self.offsets.get(root, 0.0)
-      found += [Part(o, role, tuple(uses), offset) for o in origins]
+      plain = all(t.plain for t in uses)
+      found += [Part(o, role, tuple(uses), plain, offset) for o in origins]
     if len({p.origin.loops for p in found}) > 1:
       self.dead |= set(range(self.channels))
     return found

@@ -32,6 +32,11 @@ def _identity(scene, op, labels):
   return labels[: len(op.outs)]
 
 
+def _negate(scene, op, labels):
+  scene.mark('linear', labels[0])
+  return labels
+
+
 def _cast(scene, op, labels):
   kind = np.dtype(op.eqn.params['new_dtype'])
   if not _is_float(kind):
@@ -212,6 +217,8 @@ def _sum(scene, op, labels):
     return [a]
   i, label = only([a, b])
   other = op.ins[1 - i]
+  if op.name == 'sub' and i:
+    scene.mark('linear', label)  # a shift changes its sign
   if scene.zero(other):
     return [label]
   if not scene.fixed(other):
@@ -285,13 +292,13 @@ RULES: dict[str, Callable[[Any, Op, Labels], Labels]] = {
       'copy_p',
       'stop_gradient',
       'optimization_barrier',
-      'neg',
       'sharding_constraint',
       'constrain',
       'reduce_precision',
     ),
     _identity,
   ),
+  'neg': _negate,
   'convert_element_type': _cast,
   'transpose': _transpose,
   **dict.fromkeys(('reshape', 'squeeze', 'expand_dims'), _reshape),

@@ -214,6 +214,8 @@ def _rotates(found: Found, members: list[Member], heads: int) -> bool:
   """Whether channels pass unmixed and unscaled, in whole runs."""
   if any(tag in ('gain', 'times', 'sign') for tag, _ in found.marks):
     return False
+  if not all(m.plain for m in found.members):
+    return False
   if any(m.role == 'gain' or m.offset for m in members):
     return False
   run = found.channels // heads

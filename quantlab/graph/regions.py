@@ -15,7 +15,7 @@ import numpy as np
 
 from quantlab.graph import _jaxpr
 from quantlab.graph import flat as flat_lib
-from quantlab.graph.backward import BACK, OUTSIDE
+from quantlab.graph.backward import ARITHMETIC, BACK, OUTSIDE
 from quantlab.graph.channels import BrokenError, Label
 from quantlab.graph.flat import Atom, Flat
 
@@ -183,6 +183,21 @@ class Region:
         else:
           found.append(use)
     return found
+
+  def plain(self, atom: Atom) -> bool:
+    """Whether a value is parameters rearranged, no arithmetic done."""
+    todo, roots = [atom], set(self.roots())
+    while todo:
+      var = todo.pop()
+      if var in roots:
+        continue
+      if not isinstance(var, int) or var not in self.made:
+        return False
+      op = self.flat.ops[self.made[var]]
+      if op.name not in BACK or op.name in ARITHMETIC:
+        return False
+      todo += op.ins
+    return True
 
   def touches(self, root: int, use: Use, label: Label) -> bool:
     """Whether a use of a root reads any of its labelled elements."""

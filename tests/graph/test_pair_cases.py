@@ -208,6 +208,46 @@ CASES = {
       ('linear', 'a', ('d',), (6,), 'scale'),
     ],
   ),
+  'weights with a factor': (  # a shift and a rotation would have to know it
+    lambda p, x: jnp.square(
+      (x @ (3 * p['a']) + p['b']) @ (p['c'] / 4) + p['d']
+    ),
+    {'a': (8, 6), 'b': (6,), 'c': (6, 4), 'd': (4,)},
+    X,
+    [('linear', 'a', ('c',), (6,), 'scale')],
+  ),
+  'a bias with a factor, and one taken off': (
+    lambda p, x: jnp.square((2 - (x @ p['a'] + 2 * p['b'])) @ p['c'] + p['d']),
+    {'a': (8, 6), 'b': (6,), 'c': (6, 4), 'd': (4,)},
+    X,
+    [],
+  ),
+  'the sign turned': (
+    lambda p, x: jnp.square(-(x @ p['a'] + p['b']) @ p['c'] + p['d']),
+    {'a': (8, 6), 'b': (6,), 'c': (6, 4), 'd': (4,)},
+    X,
+    [('linear', 'a', ('c',), (6,), 'rotate scale')],
+  ),
+  'a weight for each head': (
+    lambda p, x: jnp.einsum(
+      'bthe,hef->bthf',
+      jnp.einsum('bthd,hde->bthe', x.reshape(2, 5, 2, 4), p['a']) + p['b'],
+      p['c'],
+    ),
+    {'a': (2, 4, 3), 'b': (2, 3), 'c': (2, 3, 4)},
+    X,
+    [('linear', 'a', ('c',), (6,), 'rotate scale')],
+  ),
+  'biases shared by stacked layers': (
+    lambda p, x: lax.scan(
+      lambda c, q: (c + ((c @ q['a'] + q['b']) @ q['c'] + p['d']), None),
+      x,
+      {k: p[k] for k in 'abc'},
+    )[0],
+    {'a': (3, 8, 6), 'b': (3, 6), 'c': (3, 6, 8), 'd': (8,)},
+    X,
+    [('linear', 'a', ('c',), (3, 6), 'rotate scale')],
+  ),
   'experts': (
     experts,
     {'r': (8, 3), 'g': (3, 8, 6), 'u': (3, 8, 6), 'd': (3, 6, 8)},
