@@ -13,12 +13,15 @@ memory from shapes alone, and computes nothing.
 the seed; any field of the config is set this way.
 """
 
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import rich
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
+from rich import markup
 
 import quantlab as ql
 from experiments import variants
@@ -29,28 +32,34 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print plans, compute nothing.')
 
 
+def _check(config: Any) -> list[variants.Variant]:
+  """The variants of a config; its every name is checked before any work."""
+  for name in config.models:
+    variants.check_name('model', name, tuple(models.WORKLOADS))
+  return variants.resolve(config.variants)
+
+
 def _load(config: Any, name: str, **options: Any) -> models.Workload | None:
   """A workload, or None with a message where its files are absent."""
   sizes = {k: config[k] for k in ('calibration', 'evaluation') if config[k] > 0}
   try:
     return models.workload(name, seed=config.seed, **sizes, **options)
   except FileNotFoundError as error:
-    rich.print(f'[yellow]{name} is skipped:[/] {error}')
+    rich.print(f'[yellow]{name} is skipped:[/] {markup.escape(str(error))}')
     return None
 
 
 def dry_run(config: Any) -> None:
   """Prints the plan and the memory of every variant, from shapes."""
+  found = _check(config)
   for name in config.models:
     work = _load(config, name, shapes_only=True)
     if work is None:
       continue
-    for spec in config.variants:
-      plan = ql.plan(
-        work.apply, work.params, variants.recipe(spec), *work.example
-      )
+    for variant in found:
+      plan = ql.plan(work.apply, work.params, variant.recipe, *work.example)
       memory = ', '.join(f'{k} {v:,}' for k, v in plan.memory().items())
-      print(f'\n{name}, {spec["name"]}\n{plan.summary()}')
+      print(f'\n{name}, {variant.name}\n{plan.summary()}')
       print(f'bytes needed: {memory}')
 
 
@@ -58,37 +67,66 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
   """Runs a config in a folder; returns the flat metrics.
 
   Raises:
-    ValueError: the config names something unknown, or the folder cannot be
-      used (see `runtime.Workdir`).
+    ConfigError: the config names something unknown.
+    WorkdirError: the folder cannot be used, see `runtime.Workdir`.
   """
-  recipes = {v['name']: variants.recipe(v) for v in config.variants}
-  transforms = {v['name']: variants.transform(v) for v in config.variants}
+  found = _check(config)
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
     for name in config.models:
-      work = _load(config, name)
-      if work is None:
-        continue
-      _float(folder, name, work)
-      for variant in runtime.track(list(recipes), name):
-        if f'q/{name}/{variant}' not in folder.metrics:
-          key = jax.random.key(config.seed)
-          _quantize(
-            folder,
-            name,
-            variant,
-            work,
-            recipes[variant],
-            transforms[variant],
-            key,
-          )
-    report.show(report.results_table(folder.metrics.values))
+      _run_model(folder, config, name, found)
+    names = [v.name for v in found]
+    metrics = _ordered(folder.metrics.values, config.models, names)
+    report.show(metrics)
+    sites = _ordered(folder.read_json('sites.json', {}), config.models, names)
     page = report.render(
-      folder.metrics.values,
-      report.by_variant(folder.read_json('sites.json', {})),
+      metrics,
+      report.by_variant(sites),
       folder.read_json('manifest.json', {}),
     )
     folder.write_text('report.html', page)
-    return dict(folder.metrics.values)
+    return metrics
+
+
+def _ordered(
+  values: Mapping[str, Any], model_names: Iterable[str], names: Iterable[str]
+) -> dict[str, Any]:
+  """What was kept, in the order of the config: files have their keys sorted."""
+  heads = [
+    head
+    for model in model_names
+    for head in (
+      f'fp/{model}/',
+      *(f'q/{model}/{name}/' for name in names),
+      *(f'{model}/{name}' for name in names),
+    )
+  ]
+  return {
+    key: value
+    for head in heads
+    for key, value in values.items()
+    if key == head or (head[-1] == '/' and key.startswith(head))
+  }
+
+
+def _run_model(
+  folder: runtime.Workdir,
+  config: Any,
+  name: str,
+  found: list[variants.Variant],
+) -> None:
+  """What is not finished yet of one model."""
+  todo = [v for v in found if f'q/{name}/{v.name}' not in folder.metrics]
+  if not todo and f'fp/{name}' in folder.metrics:
+    print(f'{name}: finished before')
+    return
+  print(f'{name}: {len(todo)} of {len(found)} variants to do')
+  work = _load(config, name)
+  if work is None:
+    return
+  _float(folder, name, work)
+  key = jax.random.key(config.seed)
+  for variant in runtime.track(todo, name):
+    _quantize(folder, name, variant, work, key)
 
 
 def _float(folder: runtime.Workdir, name: str, work: models.Workload) -> None:
@@ -101,13 +139,25 @@ def _float(folder: runtime.Workdir, name: str, work: models.Workload) -> None:
   folder.metrics.record(f'fp/{name}', quality.flat(found) | size)
 
 
-def _quantize(folder, model_name, variant, work, recipe, transform, key):
+def _quantize(
+  folder: runtime.Workdir,
+  model_name: str,
+  variant: variants.Variant,
+  work: models.Workload,
+  key: jax.Array,
+) -> None:
   """One variant: quantize, measure, save; recorded when all is written."""
-  name = f'{model_name}/{variant}'
+  name = f'{model_name}/{variant.name}'
   with runtime.timed() as timer:
     model = ql.ptq(
-      work.apply, work.params, recipe, work.calibration, transform, key=key
+      work.apply,
+      work.params,
+      variant.recipe,
+      work.calibration,
+      variant.transform,
+      key=key,
     )
+    jax.block_until_ready(model.params)
   found = quality.assess(
     work.apply,
     work.params,
@@ -137,16 +187,24 @@ def _quantize(folder, model_name, variant, work, recipe, transform, key):
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
-  config = _CONFIG.value
-  if _DRY_RUN.value:
-    dry_run(config)
-    return
-  if not _WORKDIR.value:
-    raise app.UsageError('--workdir is needed: a folder for the results')
-  run(config, _WORKDIR.value)
-  print(f'written to {_WORKDIR.value}: report.html, metrics.json, plan.json')
+  config, workdir = _CONFIG.value, _WORKDIR.value
+  try:
+    if _DRY_RUN.value:
+      dry_run(config)
+      return
+    if not workdir:
+      raise app.UsageError('--workdir is needed: a folder for the results')
+    run(config, workdir)
+  except (variants.ConfigError, runtime.WorkdirError) as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    print('stopped; the same command goes on from here', file=sys.stderr)
+    sys.exit(130)
+  print(f'written to {workdir}: report.html, metrics.json, plan.json')
 
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
+  # Otherwise every checkpoint is told of in twenty lines; --verbosity=0 does.
+  flags.FLAGS.verbosity = logging.WARNING
   app.run(main)

@@ -8,9 +8,11 @@ arguments, `{'format': 'int4', 'group': 64}`, and a range rule likewise,
 what a config can say is what the public factories take.
 """
 
+import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import quantlab as ql
@@ -23,30 +25,53 @@ FORMATS = tuple(
 )
 SCALES = ('absmax', 'absmean', 'absmedian', 'minmax', 'mse', 'percentile')
 TRANSFORMS = {'rtn': ql.rtn, 'gptq': ql.gptq}
+FIELDS = ('name', 'rules', 'transform')
 
 
-def _named(kind: str, name: Any, known: Sequence[str]) -> str:
-  if name in known:
-    return name
-  close = difflib.get_close_matches(str(name), known, 1)
-  hint = f' Did you mean {close[0]!r}?' if close else ''
-  raise ValueError(f'unknown {kind} {name!r}.{hint} Known: {", ".join(known)}')
+class ConfigError(ValueError):
+  """A config that says something unknown, with what is known."""
 
 
-def _call(factory: Callable, spec: Mapping[str, Any], kind: str) -> Any:
-  try:
-    return factory(**spec)
-  except TypeError as error:
-    raise ValueError(f'{kind} {dict(spec)}: {error}') from error
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One way to quantize a model: what `ql.ptq` takes."""
+
+  name: str
+  recipe: Any
+  transform: Any
+
+
+def resolve(specs: Iterable[Mapping[str, Any]]) -> list[Variant]:
+  """The variants of a config, all of them checked.
+
+  Raises:
+    ConfigError: names that are unknown, missing, or given twice.
+  """
+  found: list[Variant] = []
+  for spec in specs:
+    name = spec.get('name')
+    if not isinstance(name, str) or not re.fullmatch(r'[\w.+-]+', name):
+      raise ConfigError(
+        f'a variant has the name {name!r}; expected letters, digits and '
+        '"_.+-": it names a folder and metrics.'
+      )
+    if name in {v.name for v in found} | {'float'}:
+      raise ConfigError(f'the variant name {name!r} is taken; give another.')
+    try:
+      _check_names('field', spec, FIELDS)
+      found.append(Variant(name, recipe(spec), transform(spec)))
+    except (TypeError, ValueError) as error:
+      raise ConfigError(f'variant {name!r}: {error}') from error
+  return found
 
 
 def quantizer(spec: Mapping[str, Any]) -> ql.Quantizer:
   """The quantizer that a dict spells."""
   args = dict(spec)
-  name = _named('format', args.pop('format', None), FORMATS)
-  if 'scale' in args:
+  name = check_name('format', args.pop('format', None), FORMATS)
+  if isinstance(args.get('scale'), Mapping):
     scale = dict(args['scale'])
-    rule = _named('range rule', scale.pop('rule', None), SCALES)
+    rule = check_name('range rule', scale.pop('rule', None), SCALES)
     args['scale'] = _call(getattr(ql.scales, rule), scale, rule)
   return _call(getattr(ql, name), args, name)
 
@@ -66,10 +91,45 @@ def rule(spec: Mapping[str, Any] | None) -> Any:
 
 def recipe(variant: Mapping[str, Any]) -> Any:
   """The recipe of a variant."""
+  if not variant.get('rules'):
+    raise ConfigError('no rules; expected ((pattern, rule), ...).')
   return ql.recipe({pattern: rule(spec) for pattern, spec in variant['rules']})
 
 
 def transform(variant: Mapping[str, Any]) -> Any:
   """The transform of a variant; round to nearest unless it says otherwise."""
   name = variant.get('transform', 'rtn')
-  return TRANSFORMS[_named('transform', name, tuple(TRANSFORMS))]()
+  return TRANSFORMS[check_name('transform', name, tuple(TRANSFORMS))]()
+
+
+def check_name(kind: str, name: Any, known: Sequence[str]) -> str:
+  """The name if it is known, else a ConfigError that lists what is."""
+  if name in known:
+    return name
+  close = difflib.get_close_matches(str(name), known, 1)
+  hint = f' Did you mean {close[0]!r}?' if close else ''
+  raise ConfigError(
+    f'unknown {kind} {name!r}.{hint} Known: {", ".join(known)}.'
+  )
+
+
+def _check_names(kind: str, found: Iterable[Any], known: Sequence[str]) -> None:
+  for name in found:
+    check_name(kind, name, known)
+
+
+def _call(factory: Callable, spec: Mapping[str, Any], kind: str) -> Any:
+  _check_names(f'argument of {kind}', spec, _arguments(factory))
+  try:
+    return factory(**spec)
+  except TypeError as error:
+    raise ConfigError(f'{kind} {dict(spec)}: {error}') from error
+
+
+def _arguments(factory: Callable) -> list[str]:
+  """What a factory takes by keyword; `**fields` are a quantizer's."""
+  names: list[str] = []
+  for p in inspect.signature(factory).parameters.values():
+    fields = list(inspect.get_annotations(presets.Fields))
+    names += fields if p.kind is p.VAR_KEYWORD else [p.name]
+  return names

@@ -7,5 +7,6 @@ from quantlab.report.sites import Histogram as Histogram
 from quantlab.report.sites import SiteRow as SiteRow
 from quantlab.report.sites import histogram as histogram
 from quantlab.report.tables import results_table as results_table
+from quantlab.report.tables import results_tables as results_tables
 from quantlab.report.tables import rows as rows
 from quantlab.report.tables import show as show

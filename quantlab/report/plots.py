@@ -123,13 +123,13 @@ def bytes_bars(
   ax.xaxis.set_major_formatter(ticker.EngFormatter(unit='B', places=0))
   ax.xaxis.set_major_locator(ticker.MaxNLocator(4))
   ax.set_xlabel('bytes')
-  ax.legend(loc='lower right', fontsize=7, frameon=False)
+  ax.legend(loc='lower right', fontsize=7, edgecolor='none')
   return ax
 
 
 def histogram(
   ax: Axes,
-  before: Mapping[str, Any],
+  before: Mapping[str, Any] | None,
   after: Mapping[str, Any] | None = None,
   title: str = '',
 ) -> Axes:

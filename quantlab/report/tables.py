@@ -7,7 +7,9 @@ from typing import Any
 from rich import box
 from rich import console as rich_console
 from rich import table as rich_table
+from rich import text as rich_text
 
+_UNLIMITED = 10_000  # characters
 Row = dict[str, Any]
 
 
@@ -134,19 +136,22 @@ def cell(row: Row, column: Column) -> str:
 
 
 def results_table(
-  metrics: Mapping[str, Any], title: str = ''
+  metrics: Mapping[str, Any],
+  title: str = '',
+  chosen: Sequence[Column] | None = None,
 ) -> rich_table.Table:
   """Every model and variant with the metrics they have, as a rich table.
 
   Args:
     metrics: flat metrics, see `rows`.
     title: above the table.
+    chosen: the columns to show; by default all that have values.
 
   Returns:
-    A `rich.table.Table`, for `rich.print`.
+    A `rich.table.Table`; `show` prints one whole.
   """
   body = rows(metrics)
-  shown = columns(body)
+  shown = columns(body) if chosen is None else chosen
   table = rich_table.Table(title=title or None, box=box.SIMPLE_HEAD)
   table.add_column('model', no_wrap=True)
   table.add_column('variant', no_wrap=True)
@@ -157,20 +162,48 @@ def results_table(
     if first and i:
       table.add_section()
     table.add_row(
-      row['model'] if first else '',
-      row['variant'],
+      # Text, not str: a name may hold the brackets of rich's markup.
+      rich_text.Text(row['model'] if first else ''),
+      rich_text.Text(row['variant']),
       *(cell(row, column) for column in shown),
       style='bold' if row['variant'] == 'float' else None,
     )
   return table
 
 
-def show(table: rich_table.Table) -> None:
-  """Prints a table; a file or a pipe gets it whole, however wide."""
+def results_tables(
+  metrics: Mapping[str, Any], width: int
+) -> list[rich_table.Table]:
+  """`results_table`, its columns spread over as many tables as fit a width."""
+  body = rows(metrics)
+  edges = 3  # what rich puts beside a column: two spaces and a divider
+  names = sum(
+    edges + max((len(r[name]) for r in body), default=0)
+    for name in ('model', 'variant')
+  )
+  parts: list[list[Column]] = [[]]
+  left = width - 1 - names
+  for column in columns(body):
+    needed = edges + max(
+      len(column.header), *(len(cell(r, column)) for r in body)
+    )
+    if parts[-1] and needed > left:
+      parts.append([])
+      left = width - 1 - names
+    parts[-1].append(column)
+    left -= needed
+  return [results_table(metrics, chosen=part) for part in parts]
+
+
+def show(metrics: Mapping[str, Any]) -> None:
+  """Prints the results: a terminal gets what fits it, a file one table."""
   console = rich_console.Console()
-  if not console.is_terminal:
-    console = rich_console.Console(width=200)
-  console.print(table)
+  width = console.width if console.is_terminal else _UNLIMITED
+  for table in results_tables(metrics, width):
+    options = console.options.update_width(_UNLIMITED)
+    needed = console.measure(table, options=options).maximum
+    # A wider print than the terminal wraps; a narrower one would cut names.
+    rich_console.Console(width=max(needed, 1)).print(table)
 
 
 def _spread(column: Column, spread: float) -> str:
