@@ -60,7 +60,8 @@ def of_range(
     return _power_of_two(span, levels, exponent)
   s = span * _reciprocal(levels)
   if name == 'e4m3':
-    assert scale2 is not None  # fit() always makes one for this format
+    if scale2 is None:
+      raise ValueError("'e4m3' scales need scale2: see second_level()")
     return minifloat.FP8_E4M3.round(s * (1 / scale2))
   if name == 'bfloat16':
     # Not two casts: XLA may drop the pair as excess precision.

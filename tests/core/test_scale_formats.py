@@ -85,6 +85,11 @@ def test_all_positive_e4m3_codes():
   np.testing.assert_array_equal(back.view(np.uint8), codes.view(np.uint8))
 
 
+def test_e4m3_needs_its_second_level():
+  with pytest.raises(ValueError, match='need scale2'):
+    scale_formats.of_range(SPANS, 6.0, 'e4m3', 'ceil')
+
+
 def test_zero_spans():
   zero = jnp.zeros((2, 3))
   for name, want in (
