@@ -79,6 +79,8 @@ def sign_extend(codes: Array, bits: int, dtype: type) -> Array:
   """Two's complement codes of `bits` bits as integers of `dtype`."""
   wide = jnp.iinfo(dtype).bits
   shift = wide - bits
+  if not shift:
+    return lax.bitcast_convert_type(codes, dtype)
   q = lax.bitcast_convert_type(codes << codes.dtype.type(shift), dtype)
   return q >> q.dtype.type(shift)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from quantlab import ops
 from quantlab.core import LayoutError, QTensor
 from quantlab.graph import _jaxpr, layouts, statistics, stretches
 from quantlab.graph.sites import Analysis, Site
@@ -117,6 +118,11 @@ class Evaluator:
   # The walk -----------------------------------------------------------------
 
   def _walk(self, jaxpr, consts, args, state, address):
+    # Values of one level live in one trace: what is made of them may be shared.
+    with ops.sharing():
+      return self._level(jaxpr, consts, args, state, address)
+
+  def _level(self, jaxpr, consts, args, state, address):
     env: dict[Any, Any] = {}
     for var, const in zip(jaxpr.constvars, consts, strict=True):
       leaf = self.constant_leaf(const)
@@ -207,6 +213,7 @@ class Evaluator:
     mine = state.get(site.id, {})
     lhs, rhs = vals[:2]
     if 'effective' in mine:
+      _check_shape(eqn, site, mine['effective'])
       lhs, rhs = (
         (mine['effective'], rhs)
         if site.side == 'lhs'
@@ -450,6 +457,18 @@ class Evaluator:
       return {}
     chosen = [s for s in self._sites(address) if s.id in self.chosen]
     return statistics.identity(self.monoid, self.analysis, chosen, address)
+
+
+def _check_shape(eqn, site, weight):
+  """An effective weight is stored with the shape that planning saw."""
+  want = eqn.invars[0 if site.side == 'lhs' else 1].aval.shape
+  if tuple(weight.shape) != tuple(want):
+    raise ValueError(
+      f'the effective weight of site {site.id!r} has shape {weight.shape}, '
+      f'this call needs {want}: it depends on the shapes of the inputs (a '
+      'broadcast or sliced parameter). Plan for this shape, or leave the site '
+      'in float (rule None)'
+    )
 
 
 def _stored(leaf, path):

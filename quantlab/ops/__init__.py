@@ -5,6 +5,7 @@ from quantlab.ops.activation import (
   fake_quantize_activation as fake_quantize_activation,
 )
 from quantlab.ops.activation import fake_quantize_weight as fake_quantize_weight
+from quantlab.ops.activation import sharing as sharing
 from quantlab.ops.dims import ConvDims as ConvDims
 from quantlab.ops.dims import DotDims as DotDims
 from quantlab.ops.dims import GatherDims as GatherDims

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from quantlab import core
 from quantlab.core import QParams, Quantizer
-from quantlab.ops.dims import Dims, GatherDims
+from quantlab.ops.dims import ConvDims, Dims, DotDims, GatherDims
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -83,13 +85,47 @@ class IntegerRows(NamedTuple):
   zero: jax.Array | None
 
 
+_made: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
+  '_made', default=None
+)
+
+
+@contextlib.contextmanager
+def sharing() -> Iterator[None]:
+  """Within it an input of several products (q, k, v) is quantized once.
+
+  XLA would find the twins, but only after working through all of them.
+  """
+  token = _made.set({})
+  try:
+    yield
+  finally:
+    _made.reset(token)
+
+
 def integer_rows(
   x: jax.Array,
   quantizer: Quantizer,
-  matrix: jax.Array,
+  dims: DotDims | ConvDims,
   qparams: QParams | None = None,
 ) -> IntegerRows:
-  """Integer codes of `matrix`, the operand x as (batch..., M, K)."""
+  """Integer codes of the operand x as (batch..., M, K)."""
+  made = _made.get()
+  if qparams is not None or made is None:
+    return to_integers(x, dims.x_matrix(x), quantizer, qparams)
+  key = id(x), quantizer, dims.x_axes
+  if key not in made:  # x is kept with it: its id is not used again
+    made[key] = x, to_integers(x, dims.x_matrix(x), quantizer)
+  return made[key][1]
+
+
+def to_integers(
+  x: jax.Array,
+  matrix: jax.Array,
+  quantizer: Quantizer,
+  qparams: QParams | None = None,
+) -> IntegerRows:
+  """Integer codes of `matrix`, which is x as (batch..., M, K)."""
   if qparams is None:
     source = _flat(x) if quantizer.per == 'tensor' else matrix
     qparams = core.fit(source, quantizer, axis=-1)

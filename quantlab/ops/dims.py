@@ -60,6 +60,11 @@ class DotDims:
   w_contract: Axes
   weight_first: bool = False
 
+  @property
+  def x_axes(self) -> tuple[Axes, ...]:
+    """What `x_matrix` depends on."""
+    return self.x_batch, self.x_free, self.x_contract
+
   def x_matrix(self, x: jax.Array) -> jax.Array:
     """X as (batch..., M, K)."""
     return _matrix(x, self.x_batch, self.x_free, self.x_contract)
@@ -109,6 +114,11 @@ class ConvDims:
   out_spec: Axes
   groups: int
   window: tuple[Any, ...]
+
+  @property
+  def x_axes(self) -> tuple[Axes, ...]:
+    """What `x_matrix` depends on."""
+    return (self.lhs_spec,)
 
   @property
   def w_batch(self) -> Axes:

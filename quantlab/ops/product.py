@@ -49,7 +49,10 @@ def route(kind: str, quantizers: Mapping[str, Quantizer]) -> str:
 
 
 def _integer(q: Quantizer) -> bool:
-  return q.format.is_integer and q.format.bits <= 8 and q.format.max <= 127
+  fits = q.format.is_integer and q.format.bits <= 8 and q.format.max <= 127
+  # Packed codes without a zero (binary) are no two's complement: they are
+  # unpacked to -1 and 1, which takes a scale that leaves the sum.
+  return fits and (q.format.has_zero or q.per is not None)
 
 
 def product(
@@ -102,7 +105,7 @@ def _aligned(site, w: QTensor) -> bool:
 
 def _int8_dot(site, x, w, quantizer, qparams):
   dims, q = site.dims, w.quantizer
-  rows = activation.integer_rows(x, quantizer, dims.x_matrix(x), qparams)
+  rows = activation.integer_rows(x, quantizer, dims, qparams)
   found = w.qparams
   zero = found.zero_point
   options = {
@@ -111,7 +114,8 @@ def _int8_dot(site, x, w, quantizer, qparams):
     'out_dtype': jnp.dtype(site.out_dtype),
   }
   zero = None if zero is None else zero.astype(jnp.int32)
-  if q.format.bits == 8 and q.per is not None and q.format.signed:
+  packed = q.format.bits < 8 and q.format.has_zero
+  if not packed and q.per is not None and q.format.signed:
     out = kernels.int8_matmul(
       rows.codes,
       q.format.to_int8(w.unpack()),
@@ -135,7 +139,7 @@ def _int8_dot(site, x, w, quantizer, qparams):
 
 def _int8_conv(site, x, w, quantizer, qparams):
   dims = site.dims
-  rows = activation.integer_rows(x, quantizer, dims.x_matrix(x), qparams)
+  rows = activation.integer_rows(x, quantizer, dims, qparams)
   found = w.qparams
   fmt = w.quantizer.format
   kernel = dims.w_restore(fmt.to_int8(w.unpack()), w.shape)
@@ -187,11 +191,11 @@ def activation_product(
   way = route(site.kind, rule.quantizers)
   if way == 'int8' and site.kind == 'dot':
     dims = site.dims
-    left = activation.integer_rows(
-      lhs, rule.lhs, dims.x_matrix(lhs), qparams.get('lhs')
+    left = activation.to_integers(
+      lhs, dims.x_matrix(lhs), rule.lhs, qparams.get('lhs')
     )
-    right = activation.integer_rows(
-      rhs, rule.rhs, dims.w_matrix(rhs).swapaxes(-1, -2), qparams.get('rhs')
+    right = activation.to_integers(
+      rhs, dims.w_matrix(rhs).swapaxes(-1, -2), rule.rhs, qparams.get('rhs')
     )
     zero = right.zero
     out = kernels.int8_matmul(
