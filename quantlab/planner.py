@@ -197,10 +197,20 @@ class _Builder:
     fold = fold and not self.shared_leaf(site)
     if self.is_effective(site) or fold:
       self.effective[site.id] = self.operand_storage(site, quantizer)
+      self.note_growth(site)
       return fold
     for part, leaf in enumerate(site.view.leaves):
       self.place_leaf(site, part, self.traced.paths[leaf], quantizer)
     return False
+
+  def note_growth(self, site):
+    size = math.prod(self.effective[site.id].shape)
+    given = sum(math.prod(self.leaf[p].shape) for p in site.paths)
+    if size > given:
+      self.notes.append(
+        f'{site.id}: its effective weight has {size} elements, the parameters '
+        f'it is computed from have {given}'
+      )
 
   def shared_leaf(self, site) -> bool:
     """Whether another site reads the same stored parameter."""
@@ -235,6 +245,11 @@ class _Builder:
     for role, q in roles.items():
       if role != 'weight':
         check_activation(site, role, q)
+      elif q.static:
+        raise ValueError(
+          f'{q!r} for the weight of site {site.id!r}: static ranges are for '
+          'activations; a weight is its own calibration'
+        )
       elif site.weight_shape is not None and site.dims is not None:
         k = math.prod(site.contraction)
         n = math.prod(site.weight_shape[i] for i in site.dims.w_free)
@@ -351,6 +366,16 @@ def check_activation(site: sites_lib.Site, role: str, q: Quantizer) -> None:
     raise ValueError(
       f'{q!r} for the {role} of site {site.id!r}: a static range needs '
       "per='tensor' (a batch has no fixed number of tokens)"
+    )
+  if q.learned:
+    raise ValueError(
+      f'{q!r} for the {role} of site {site.id!r}: a learned table is for '
+      'weights; an activation takes a format whose values are fixed'
+    )
+  if q.static and q.scale.direct:
+    raise ValueError(
+      f'{q!r} for the {role} of site {site.id!r}: {q.scale!r} is no range that '
+      'calibration finds; use absmax(), minmax(), percentile() or mse()'
     )
   if q.group is not None and role != 'output' and site.kind != 'conv':
     q.check(math.prod(site.contraction), 1, f"the {role} of '{site.id}'")

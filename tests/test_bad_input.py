@@ -258,3 +258,23 @@ def test_errors_leave_nothing_computed():
     ql.ptq(noisy, PARAMS, {'kernel': ql.int4(group=128)}, [X])
   jax.effects_barrier()
   assert not ran
+
+
+@pytest.mark.parametrize(
+  ('rule', 'reason'),
+  [
+    (ql.int8(static=True), 'static ranges are for activations'),
+    (
+      ql.rule(weight=W8, input=ql.codebook(bits=3, per='tensor')),
+      'a learned table is for weights',
+    ),
+    (
+      ql.rule(weight=W8, input=ql.ternary(per='tensor', static=True)),
+      'absmean() is no range that calibration finds',
+    ),
+  ],
+)
+def test_quantizers_in_the_wrong_place(rule, reason):
+  message = message_of(ValueError, lambda: plan({'kernel': rule}))
+  assert "of site 'params/up/kernel'" in message
+  assert reason in message

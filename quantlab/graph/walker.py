@@ -124,7 +124,8 @@ class Walker:
 
   def plain(self, eqn, vals, address, i) -> Sequence[Value]:
     """Any other operation: layout-only, or it reads what it reads."""
-    merged = _merge(vals)
+    # What is read through an effect (a ref) may come from anywhere.
+    merged = INPUT if eqn.effects else _merge(vals)
     name, count = eqn.primitive.name, len(eqn.outvars)
     hidden = _jaxpr.opaque_contractions(eqn)
     if hidden and self.recording:

@@ -435,3 +435,32 @@ def test_scanned_norms_fold_layer_by_layer():
   close(out, want, 1e-3)
   assert model.params['sites']['w']['fold']['shift'].shape == (3, 8)
   assert set(model.plan.dropped) == {'w', 'a', 'b'}
+
+
+def test_a_weight_that_grows_is_noted_and_bound_to_its_shape():
+  params = {'w': normal(0, 8, 4)}
+
+  def apply(p, x):
+    return jnp.einsum('bi,bij->bj', x, jnp.broadcast_to(p['w'], (len(x), 8, 4)))
+
+  out, model = run(apply, params, X)
+  close(out, X @ snap.symmetric(params['w'], 0))
+  [note] = model.plan.notes
+  assert 'w: its effective weight has 128 elements' in note
+  with pytest.raises(
+    ValueError, match=r'has shape \(4, 8, 4\), this call needs'
+  ):
+    model.apply(model.params, X[:2])
+
+
+def test_what_is_read_from_a_ref_is_no_weight():
+  params = {'w': normal(0, 8, 8)}
+
+  def apply(p, x):
+    ref = jax.new_ref(jnp.zeros((4, 8)))
+    ref[...] = jnp.tanh(x) + ref[...]
+    return ref[...] @ p['w']
+
+  model = ql.ptq(apply, params, {'w': W8}, [X])
+  want = np.tanh(X) @ snap.symmetric(params['w'], 0)
+  close(model.apply(model.params, X), want)

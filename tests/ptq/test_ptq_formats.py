@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax import lax
+from oracle import snap
 
 import quantlab as ql
 
@@ -115,3 +116,18 @@ def test_every_factory_is_here():
     and getattr(ql, name).__module__ == 'quantlab.core.presets'
   }
   assert factories == {name.split()[0] for name in QUANTIZERS}
+
+
+@pytest.mark.parametrize('per', ['channel', 'tensor'])
+def test_binary_weights_with_integer_inputs(per):
+  """Codes without a zero are no two's complement."""
+  params, x = {'w': normal(0, 8, 6)}, normal(1, 4, 8)
+  rule = ql.rule(weight=ql.binary(per=per), input=ql.int8(per='token'))
+  model = ql.ptq(lambda p, x: x @ p['w'], params, {'w': rule}, [x])
+  axes = 0 if per == 'channel' else None
+  magnitude = np.mean(np.abs(params['w']), axis=axes, keepdims=True)
+  w = np.where(params['w'] >= 0, magnitude, -magnitude)
+  x_hat = snap.symmetric(x, 1)
+  np.testing.assert_allclose(
+    model.apply(model.params, x), x_hat @ w, rtol=1e-4, atol=1e-5
+  )
