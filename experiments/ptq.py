@@ -9,8 +9,8 @@ for TensorBoard and report.html. The same command again resumes: finished
 variants are not computed again. `--dry_run` prints every plan with its size and
 memory from shapes alone, and computes nothing.
 
-`--config.models=digits_cnn,` restricts the models, `--config.seed=1` changes
-the seed; any field of the config is set this way.
+`--config.models=digits_cnn` restricts the models (given again, it adds one),
+`--config.seed=1` changes the seed; any field of the config is set this way.
 """
 
 import sys
@@ -27,9 +27,17 @@ import quantlab as ql
 from experiments import variants
 from quantlab import models, quality, report, runtime
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to run.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go.')
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print plans, compute nothing.')
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags; not at import, where another launcher may have its."""
+  config_flags.DEFINE_config_file(
+    'config', None, 'What to run.', flag_values=values
+  )
+  flags.DEFINE_string('workdir', None, 'Where results go.', flag_values=values)
+  flags.DEFINE_bool(
+    'dry_run', False, 'Print plans, compute nothing.', flag_values=values
+  )
+  flags.mark_flag_as_required('config', values)
 
 
 def _check(config: Any) -> list[variants.Variant]:
@@ -184,12 +192,13 @@ def _quantize(
   )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """The command: flags in, a workdir or a message out."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
-  config, workdir = _CONFIG.value, _WORKDIR.value
+  config, workdir = values.config, values.workdir
   try:
-    if _DRY_RUN.value:
+    if values.dry_run:
       dry_run(config)
       return
     if not workdir:
@@ -204,7 +213,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('config')
+  define_flags()
   # Otherwise every checkpoint is told of in twenty lines; --verbosity=0 does.
-  flags.FLAGS.verbosity = logging.WARNING
+  logging.set_verbosity(logging.WARNING)
   app.run(main)

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -163,7 +164,7 @@ def _best(
     for r in rows
     if r['model'] == model and r['variant'] != 'float'
   ]
-  known = [v for v in values if v is not None]
+  known = [v for v in values if v is not None and not math.isnan(v)]
   if not known or column.better is None:
     return None
   return max(known) if column.better == 'high' else min(known)
@@ -257,6 +258,8 @@ def _definitions(value: Mapping[str, Any], prefix: str = '') -> str:
 def _flatten(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   flat: dict[str, Any] = {}
   for k, v in value.items():
+    if isinstance(v, list) and v and isinstance(v[0], Mapping):
+      v = dict(enumerate(v, 1))
     if isinstance(v, Mapping):
       flat |= _flatten(v, f'{prefix}{k}.')
     elif v not in (None, [], ''):

@@ -3,6 +3,7 @@
 Only matplotlib's object interface is used: no global state, no display.
 """
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 from matplotlib import axes as mpl_axes
-from matplotlib import ticker
+from matplotlib import textpath, ticker
 
 # A palette that stays apart for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8A8F98'
 _CYCLE = (BLUE, ORANGE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+_SMALL = 7  # points, for labels
 _MARKERS = ('o', '^', 's', 'v')
 
 Axes = mpl_axes.Axes
@@ -283,15 +285,20 @@ def literal(text: str) -> str:
 
 def label_width(names: Sequence[str]) -> float:
   """Inches that the names of sites take beside an axis."""
-  longest = max((len(shorten(name)) for name in names), default=0)
-  return 0.15 + 0.06 * longest  # the mean width of a letter of 7 points
+  return 0.15 + max(map(_text_width, names), default=0.0)
+
+
+@functools.lru_cache(maxsize=1024)  # every variant has the same sites
+def _text_width(name: str) -> float:
+  path = textpath.TextPath((0, 0), shorten(name), size=_SMALL)
+  return path.get_extents().width / 72
 
 
 def _site_axis(ax: Axes, sites: Sequence[str]) -> None:
   """One row a site, the first on top."""
   ax.set_yticks(range(len(sites)), [shorten(s) for s in sites])
   ax.set_ylim(len(sites) - 0.4, -0.6)
-  ax.tick_params(labelsize=7)
+  ax.tick_params(labelsize=_SMALL)
   ax.tick_params(axis='y', length=0)
   ax.grid(axis='x', alpha=0.25)
   _bare(ax)

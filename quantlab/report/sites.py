@@ -42,9 +42,15 @@ def histogram(x: Any, bins: int = 61) -> Histogram:
   Returns:
     The histogram; one bin around the value when all are equal.
   """
-  values = np.asarray(x).astype(np.float32).ravel()
+  # In double: equal bins of near-equal single values would have no width.
+  values = np.asarray(x).astype(np.float32).ravel().astype(np.float64)
   values = values[np.isfinite(values)]
-  counts, edges = np.histogram(values, bins=bins)
+  if values.size and values.min() == values.max():
+    half = max(0.5, 0.01 * abs(values[0]))
+    counts = np.asarray([values.size])
+    edges = np.asarray([values[0] - half, values[0] + half])
+  else:
+    counts, edges = np.histogram(values, bins=bins)
   # Six digits: a picture needs no more, and reports are kept as JSON.
   return {
     'edges': [float(f'{e:.6g}') for e in edges],
