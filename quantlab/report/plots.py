@@ -285,7 +285,7 @@ def literal(text: str) -> str:
 
 def label_width(names: Sequence[str]) -> float:
   """Inches that the names of sites take beside an axis."""
-  return 0.15 + max(map(_text_width, names), default=0.0)
+  return 0.2 + max(map(_text_width, names), default=0.0)
 
 
 @functools.lru_cache(maxsize=1024)  # every variant has the same sites
