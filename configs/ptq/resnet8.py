@@ -55,11 +55,8 @@ def get_config():
     {
       'name': 'w4a8_mse',
       'rules': (
-        (
-          '(stem|head)/',
-          {'weight': {'format': 'int8'}, 'input': INT8_STATIC_MSE},
-        ),
-        ('/kernel$', {'weight': INT4_MSE, 'input': INT8_STATIC_MSE}),
+        ('(stem|head)/', {'weight': {'format': 'int8'}, 'input': INT8_STATIC}),
+        ('/kernel$', {'weight': INT4_MSE, 'input': INT8_STATIC}),
       ),
     },
   )
