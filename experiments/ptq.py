@@ -4,8 +4,8 @@ r"""Post-training quantization of named models in named variants.
 
 Evaluates each model in float, quantizes it in every variant of the config,
 measures quality and distance from float, and prints one table. The workdir
-gets config.json, plan.json, metrics.json, manifest.json, checkpoints, events
-for TensorBoard and report.html. The same command again resumes: finished
+gets config.json, plan.json, sites.json, metrics.json, manifest.json, events
+for TensorBoard, checkpoints, report.html. The same command again resumes: finished
 variants are not computed again. `--dry_run` prints every plan with its size and
 memory from shapes alone, and computes nothing.
 

@@ -313,18 +313,33 @@ def test_a_dry_run_plans_and_does_nothing(monkeypatch, tmp_path, capsys, calls):
   assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_run_leaves_nothing_half_written(tmp_path):
-  run = tmp_path / 'run'
-  args = ['--config.models=digits_cnn', '--config.evaluation=100']
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'experiments.ptq', _DIGITS, *args]
-    + [f'--workdir={run}'],
+_TWO = """
+import runpy
+
+def get_config():
+  config = runpy.run_path({path!r})['get_config']()
+  config.evaluation, config.models = 100, ('digits_cnn',)
+  config.variants = config.variants[:2]
+  return config
+"""
+
+
+def start(config, run):
+  return subprocess.Popen(
+    [sys.executable, '-m', 'experiments.ptq']
+    + [f'--config={config}', f'--workdir={run}'],
     cwd=_ROOT,
     env={**os.environ, 'XLA_FLAGS': ''},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def test_an_interrupted_run_is_whole_and_goes_on(tmp_path):
+  config, run = tmp_path / 'two.py', tmp_path / 'run'
+  config.write_text(_TWO.format(path=str(_CONFIGS / 'digits.py')))
+  process = start(config, run)
   try:
     deadline = time.monotonic() + 300
     while not (run / 'metrics.json').exists() or not _recorded(run):
@@ -339,17 +354,23 @@ def test_an_interrupted_run_leaves_nothing_half_written(tmp_path):
   assert 'the same command goes on from here' in err
   assert 'Traceback' not in err
   assert 'written to' not in out
-  config = json.loads((run / 'config.json').read_text())
   for path in run.rglob('*.json'):
     json.loads(path.read_text())
-  recorded = _recorded(run)
-  assert 0 < len(recorded) < len(config['variants'])
-  apply = digits.Cnn().apply
+  assert _recorded(run) == {'w8a8_static'}
+  before = json.loads((run / 'metrics.json').read_text())
   for folder in (run / 'checkpoints' / 'digits_cnn').iterdir():
     if folder.name[0] != '.':  # a dot: never looked at, removed by the next
-      assert ql.load(folder, apply).nbytes > 0
-      recorded.discard(folder.name)
-  assert not recorded  # what was recorded had its checkpoint
+      assert ql.load(folder, digits.Cnn().apply).nbytes > 0
+  assert (run / 'checkpoints' / 'digits_cnn' / 'w8a8_static').exists()
+  process = start(config, run)
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  assert '1 of 2 variants to do' in out
+  assert 'written to' in out
+  assert _recorded(run) == {'w8a8_static', 'w8a8_dynamic'}
+  after = json.loads((run / 'metrics.json').read_text())
+  assert {k: after[k] for k in before} == before
+  assert (run / 'report.html').exists()
 
 
 def _recorded(run):
