@@ -61,6 +61,9 @@ class _Knowing(rewrite.Evaluator):
     extra = identity(site) if site.id in self.folded else {}
     return [UNKNOWN], {site.id: {'weight': weight, **extra}}
 
+  def _gone(self, eqn, lost):
+    return [UNKNOWN] * len(eqn.outvars)
+
   def _mapped(self, eqn, site, left, vals, stats):
     stat = stats[site.id]
     found = stat['scale'], stat['shift']

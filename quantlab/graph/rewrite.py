@@ -195,7 +195,7 @@ class Evaluator:
     """An ordinary operation with a quantized operand: layout-only, or not."""
     lost = [v for v in vals if isinstance(v, Lost)]
     if lost:
-      return [Lost.of(lost)] * len(eqn.outvars)
+      return self._gone(eqn, Lost.of(lost))
     name, why = eqn.primitive.name, ''
     try:
       found = layouts.follow(eqn, vals)
@@ -205,9 +205,15 @@ class Evaluator:
       why = f' ({error})'
     paths = self._paths_at(address, vals)
     if self.strict:
-      return [Lost(paths, name + why)] * len(eqn.outvars)
+      return self._gone(eqn, Lost(paths, name + why))
     self.report.append(f'{", ".join(paths)}: dequantized for {name}{why}')
     return _jaxpr.bind(eqn, [_densify(v) for v in vals])
+
+  def _gone(self, eqn, lost):
+    """Results that are lost; an effect (a print) may not be lost with them."""
+    if eqn.effects:
+      self._fail(lost, f"the effect of '{eqn.primitive.name}'")
+    return [lost] * len(eqn.outvars)
 
   def _product(self, eqn, site, vals, state):
     mine = state.get(site.id, {})
@@ -237,10 +243,13 @@ class Evaluator:
 
   def _needed(self, lost, where, aval, site=None):
     """A lost value is needed: an error, or noted and zeros instead."""
+    self._fail(lost, where, site)
+    return jnp.zeros(aval.shape, aval.dtype)
+
+  def _fail(self, lost, where, site=None):
     if self.failures is None:
       raise lost.error(where)
     self.failures.append(Failure(site, where, lost))
-    return jnp.zeros(aval.shape, aval.dtype)
 
   def _dense(self, value, where, aval):
     """A value where only dense arrays will do."""

@@ -314,6 +314,21 @@ def test_random_keys_and_effects(capfd):
   assert 1e-4 < snap.error(out, want) < 3e-2
 
 
+def test_printing_a_quantized_parameter_is_refused():
+  def apply(p, x):
+    jax.debug.print('mean of w: {m}', m=jnp.mean(p['w']))
+    return x @ p['w']
+
+  with pytest.raises(
+    ValueError, match=r"'w' reaches .*needed by the effect of"
+  ):
+    ql.plan(apply, {'w': W}, {'w': W8}, X)
+  lenient = ql.recipe({'w': W8}, strict=False)
+  assert any(
+    'w: dequantized' in n for n in ql.plan(apply, {'w': W}, lenient, X).notes
+  )
+
+
 # Parameters that the function closes over ------------------------------------
 
 
