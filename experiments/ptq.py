@@ -5,9 +5,9 @@ r"""Post-training quantization of named models in named variants.
 Evaluates each model in float, quantizes it in every variant of the config,
 measures quality and distance from float, and prints one table. The workdir
 gets config.json, plan.json, sites.json, metrics.json, manifest.json, events
-for TensorBoard, checkpoints, report.html. The same command again resumes: finished
-variants are not computed again. `--dry_run` prints every plan with its size and
-memory from shapes alone, and computes nothing.
+for TensorBoard, checkpoints, report.html. The same command again resumes:
+finished variants are not computed again. `--dry_run` prints every plan with its
+size and memory from shapes alone, and computes nothing.
 
 `--config.models=digits_cnn` restricts the models (given again, it adds one),
 `--config.seed=1` changes the seed; any field of the config is set this way.
