@@ -30,7 +30,7 @@ def quantize_activation(
 
   in float32, with x / s as x (1 / s), ties to even, clipped to
   [-2^(bits-1), 2^(bits-1) - 1], without the lowest code when `narrow`. Zero is
-  represented exactly. A unit of zeros has scale 1.
+  represented exactly. A unit of zeros has scale 2^-126.
 
   Args:
     x: floating activations, shape (..., K), or (..., M, K).

@@ -49,6 +49,5 @@ def _largest(x, axes):
 
 
 def _scale(span, levels):
-  """The scale that maps `span` onto `levels`; 1 for a unit of zeros."""
-  s = jnp.maximum(span * (np.float32(1) / np.float32(levels)), TINY)
-  return jnp.where(span == 0, jnp.float32(1), s)
+  """The scale that maps `span` onto `levels`; TINY for a unit of zeros."""
+  return jnp.maximum(span * (np.float32(1) / np.float32(levels)), TINY)

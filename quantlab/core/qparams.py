@@ -74,9 +74,6 @@ def from_range(
   scale = scale_formats.of_range(
     span, levels, q.scale_format, q.exponent, scale2
   )
-  if not q.format.has_zero:
-    # Without a zero an empty unit needs a vanishing scale to stay zero.
-    scale = jnp.where(span == 0, scale_formats.TINY, scale)
   params = QParams(scale, scale2=scale2)
   if q.symmetric:
     return params

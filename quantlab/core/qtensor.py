@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from quantlab.core import fitting, relayout, scale_formats
@@ -32,7 +33,8 @@ class QTensor:
   vmap slice them together; everything else is static. With the tag
   'canonical':
 
-    codes       uint8 (loops..., packed_rows(K, bits), N)
+    codes       uint8 (loops..., packed_rows(K, bits), N); int8 where the
+                format is (signed integers of 8 bits)
     scale       (loops..., G, Nb), dtype of the quantizer's scale format:
                 float32, bfloat16, int8 exponent, uint8 E8M0, float8_e4m3fn
     zero_point  int8, uint8 or int16 (loops..., G, Nb), or None
@@ -116,10 +118,23 @@ class QTensor:
       self.codebook,
     )
 
+  @property
+  def packed(self) -> Array:
+    """The codes as the bytes of `kernels.pack`: uint8."""
+    self._canonical('read the packed bytes of')
+    return lax.bitcast_convert_type(self.codes, jnp.uint8)
+
   def unpack(self) -> Array:
     """Codes (loops..., K, N), one in each uint8 (uint16 for 16 bits)."""
     self._canonical('unpack')
-    return unpack(self.codes, self.quantizer.bits, self.k)
+    return unpack(self.packed, self.quantizer.bits, self.k)
+
+  def integers(self) -> Array:
+    """What codes of an integer format stand for: int8 (loops..., K, N)."""
+    self._canonical('unpack')
+    if self.codes.dtype == jnp.int8:
+      return self.codes
+    return self.quantizer.format.to_int8(self.unpack())
 
   def dequantize(self) -> Array:
     """The logical array in its dtype."""
@@ -291,8 +306,9 @@ def assemble(
   q, z = quantizer, qparams.zero_point
   if z is not None:
     z = z.astype(_zero_point_dtype(q))
+  packed = pack(codes, q.bits)
   return QTensor(
-    codes=pack(codes, q.bits),
+    codes=lax.bitcast_convert_type(packed, q.format.stored_dtype),
     scale=scale_formats.store(qparams.scale, q.scale_format, q.exponent_offset),
     zero_point=z,
     scale2=qparams.scale2,

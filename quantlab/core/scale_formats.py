@@ -53,8 +53,8 @@ def of_range(
     scale2: the second level of 'e4m3' (see `second_level`).
 
   Returns:
-    s of the shape of span. Where span is zero: 1, or the smallest power of
-    two, or 0 for 'e4m3'.
+    s of the shape of span. Where span is zero: the smallest normal float32, or
+    power of two, or 0 for 'e4m3'.
   """
   if name in ('pow2', 'e8m0'):
     return _power_of_two(span, levels, exponent)
@@ -66,7 +66,7 @@ def of_range(
   if name == 'bfloat16':
     # Not two casts: XLA may drop the pair as excess precision.
     s = lax.reduce_precision(s, exponent_bits=8, mantissa_bits=7)
-  return jnp.where(span == 0, np.float32(1), jnp.maximum(s, TINY))
+  return jnp.maximum(s, TINY)
 
 
 def second_level(

@@ -100,6 +100,11 @@ class Format(abc.ABC):
     """Type of one unpacked code."""
     return jnp.uint16 if self.bits > 8 else jnp.uint8
 
+  @property
+  def stored_dtype(self) -> type:
+    """Type of the bytes that packed codes are kept in."""
+    return jnp.uint8
+
   @functools.cached_property
   def values(self) -> np.ndarray:
     """All representable values in rising order, for 8 bits and fewer."""

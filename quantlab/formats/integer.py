@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
@@ -43,6 +42,11 @@ class Integer(base.Format):
   def edge(self) -> float:
     return 0.5
 
+  @property
+  def stored_dtype(self) -> type:
+    # Operands of a product as they are: a view would be a copy in each call.
+    return jnp.int8 if self.signed and self.bits == 8 else jnp.uint8
+
   def round(self, x: Float[Array, '*s']) -> Float[Array, '*s']:
     return positive_zero(base.nearest_even(base.clamp(self.min, x, self.max)))
 
@@ -54,8 +58,12 @@ class Integer(base.Format):
 
   def encode(self, x: Float[Array, '*s']) -> base.Codes:
     q = base.nearest_even(base.clamp(self.min, x, self.max))
-    q = q.astype(jnp.int32) & np.int32(2**self.bits - 1)
-    return q.astype(self.code_dtype)
+    if self.unsigned:
+      return q.astype(self.code_dtype)
+    wide = jnp.int16 if self.bits > 8 else jnp.int8
+    q = lax.bitcast_convert_type(q.astype(wide), self.code_dtype)
+    whole = jnp.iinfo(wide).bits == self.bits
+    return q if whole else q & q.dtype.type(2**self.bits - 1)
 
   def decode(self, codes: base.Codes) -> Float[Array, '*s']:
     if self.unsigned:

@@ -118,7 +118,7 @@ def _int8_dot(site, x, w, quantizer, qparams):
   if not packed and q.per is not None and q.format.signed:
     out = kernels.int8_matmul(
       rows.codes,
-      q.format.to_int8(w.unpack()),
+      w.integers(),
       w_scale=found.scale,
       w_zero=zero,
       **options,
@@ -126,7 +126,7 @@ def _int8_dot(site, x, w, quantizer, qparams):
   else:
     out = kernels.w4a8_matmul(
       rows.codes,
-      w.codes,
+      w.packed,
       found.scale,
       bits=q.format.bits,
       group=q.group if q.block is None else q.block[0],
@@ -141,8 +141,7 @@ def _int8_conv(site, x, w, quantizer, qparams):
   dims = site.dims
   rows = activation.integer_rows(x, quantizer, dims, qparams)
   found = w.qparams
-  fmt = w.quantizer.format
-  kernel = dims.w_restore(fmt.to_int8(w.unpack()), w.shape)
+  kernel = dims.w_restore(w.integers(), w.shape)
   strides, padding, lhs_dilation, rhs_dilation = dims.window
   return kernels.int8_conv(
     dims.x_restore(rows.codes, x.shape),

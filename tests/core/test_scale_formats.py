@@ -93,8 +93,8 @@ def test_e4m3_needs_its_second_level():
 def test_zero_spans():
   zero = jnp.zeros((2, 3))
   for name, want in (
-    ('float32', 1),
-    ('bfloat16', 1),
+    ('float32', 2.0**-126),
+    ('bfloat16', 2.0**-126),
     ('pow2', 2.0**-126),
     ('e8m0', 2.0**-126),
     ('e4m3', 0),

@@ -101,7 +101,7 @@ def test_codes_at_ties_are_the_same_in_every_context():
 def test_zeros_stay_zero(symmetric):
   x = np.zeros((2, 5), np.float32)
   q, s, z = qk.quantize_activation(x, symmetric=symmetric)
-  np.testing.assert_array_equal(s, np.ones((2, 1)))
+  np.testing.assert_array_equal(s, np.full((2, 1), 2.0**-126))
   np.testing.assert_array_equal(q, np.full((2, 5), 0 if symmetric else z[0]))
 
 
@@ -148,7 +148,7 @@ def test_empty_arrays_are_valid():
   assert q.shape == (0, 4)
   assert s.shape == (0, 1)
   q, s, _ = qk.quantize_activation(np.zeros((3, 0), np.float32))
-  np.testing.assert_array_equal(s, np.ones((3, 1)))
+  np.testing.assert_array_equal(s, np.full((3, 1), 2.0**-126))
 
 
 def test_errors_say_what_was_expected():

@@ -117,7 +117,6 @@ def quantize(x, bits=8, axes=(-1,), symmetric=True, narrow=False):
   high = np.maximum(x.max(axes, keepdims=True), 0)
   span = np.abs(x).max(axes, keepdims=True) if symmetric else high - low
   scale = np.maximum(span * (one / levels), tiny)
-  scale = np.where(span == 0, one, scale)
   zero = np.zeros_like(scale)
   if not symmetric:
     zero = np.clip(np.rint(-low * (one / scale)) + qmin, qmin, qmax)

@@ -72,7 +72,7 @@ def scale_of(span, levels, scale_format, exponent, second):
     return e4m3(s * (F32(1) / second))
   if scale_format == 'bfloat16':
     s = bfloat16(s)
-  return F32(1) if span == 0 else max(s, TINY)
+  return max(s, TINY)
 
 
 def code_range(name, narrow):
