@@ -79,7 +79,8 @@ def int_dot(
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.int32)
 
   if not rows or rows >= k:
-    return dot(x, w)[:m, :n]
+    acc = dot(x, w)
+    return acc if acc.shape == (m, n) else acc[:m, :n]
   count = k // rows
   body = count * rows
   xs = jnp.swapaxes(x[:, :body].reshape(x.shape[0], count, rows), 0, 1)

@@ -98,28 +98,24 @@ class Op:
     self._added = {name: backend, **self._added}
     return lambda: self._added.pop(name)
 
-  def choose(self, implementation: str | None, *operands, **options) -> Choice:
-    """Returns the choice for these operands, or raises every refusal."""
+  def __call__(self, implementation: str | None, *operands, **options):
+    """Runs the first backend that does not refuse, or raises every refusal."""
     names = (implementation,) if implementation else self.names()
     refusals: list[tuple[str, str]] = []
     for name in names:
       backend = self.backend(name)
       why = backend.refuses(*operands, **options)
-      if why is None:
-        route = backend.route(*operands, **options)
+      if why is not None:
+        refusals.append((name, why))
+        continue
+      log = _LOG.get()
+      if log is not None:
         text = _describe(operands, options)
-        return Choice(self.name, text, name, route, tuple(refusals))
-      refusals.append((name, why))
+        route = backend.route(*operands, **options)
+        log.append(Choice(self.name, text, name, route, tuple(refusals)))
+      return backend.run(*operands, **options)
     reasons = '; '.join(f'{name!r} cannot run: {why}' for name, why in refusals)
     raise ValueError(f'{self.name}({_describe(operands, options)}): {reasons}')
-
-  def __call__(self, implementation: str | None, *operands, **options):
-    """Runs the chosen backend."""
-    choice = self.choose(implementation, *operands, **options)
-    log = _LOG.get()
-    if log is not None:
-      log.append(choice)
-    return self.backend(choice.implementation).run(*operands, **options)
 
 
 def runs_anywhere(*operands, **options) -> None:
