@@ -70,8 +70,9 @@ class Quantizer:
 
     if isinstance(self.format, str):
       put('format', formats.get(self.format))
-    if self.block is not None:
+    if isinstance(self.block, list):
       put('block', tuple(self.block))
+    self._check_types()
     if (self.per, self.group, self.block) == (None, None, None):
       put('per', 'channel')
     if self.scale is None:
@@ -79,6 +80,18 @@ class Quantizer:
     self._check_words()
     self._check_granularity()
     self._check_ranges()
+
+  def _check_types(self) -> None:
+    if not isinstance(self.format, Format):
+      raise TypeError(
+        f"a format is given by its name, such as 'int8', found {self.format!r}"
+      )
+    # A word such as 'no' would count as true.
+    for name in ('symmetric', 'narrow', 'ragged', 'static'):
+      if not isinstance(getattr(self, name), bool):
+        raise TypeError(
+          f'{name} takes True or False, found {getattr(self, name)!r}'
+        )
 
   def _check_words(self) -> None:
     for name, known in (
@@ -112,9 +125,13 @@ class Quantizer:
     if self.group is not None and not _is_size(self.group):
       raise ValueError(f'group takes a positive integer, found {self.group!r}')
     if self.block is not None and (
-      len(self.block) != 2 or not all(map(_is_size, self.block))
+      not isinstance(self.block, tuple)
+      or len(self.block) != 2
+      or not all(map(_is_size, self.block))
     ):
-      raise ValueError(f'block takes two positive integers, found {self.block}')
+      raise ValueError(
+        f'block takes two positive integers, found {self.block!r}'
+      )
     if self.ragged and self.per:
       raise ValueError(
         f'ragged=True needs group= or block=; per={self.per!r} always divides'

@@ -92,8 +92,8 @@ class percentile(Rule):
   p: float = 99.99
 
   def __post_init__(self):
-    if not 50 < self.p <= 100:
-      raise ValueError(f'percentile takes 50 < p <= 100, found p={self.p}')
+    if not _is_number(self.p) or not 50 < self.p <= 100:
+      raise ValueError(f'percentile takes 50 < p <= 100, found p={self.p!r}')
 
   def range(self, x, units, symmetric):
     x = _without_padding(x, units)
@@ -128,10 +128,16 @@ class mse(Rule):
   high: float = 1.0
 
   def __post_init__(self):
-    if self.candidates < 1 or not 0 < self.low < 1 <= self.high or self.p <= 0:
+    if (
+      not isinstance(self.candidates, int)
+      or not all(map(_is_number, (self.p, self.low, self.high)))
+      or self.candidates < 1
+      or not 0 < self.low < 1 <= self.high < float('inf')
+      or not 0 < self.p < float('inf')
+    ):
       raise ValueError(
-        'mse takes candidates >= 1, p > 0 and 0 < low < 1 <= high, found '
-        f'{self.candidates=}, {self.p=}, {self.low=}, {self.high=}'
+        'mse takes an integer candidates >= 1, p > 0 and 0 < low < 1 <= high, '
+        f'found {self.candidates=}, {self.p=}, {self.low=}, {self.high=}'
       )
 
   def ratios(self) -> np.ndarray:
@@ -186,6 +192,10 @@ def from_json(data: dict[str, Any]) -> Rule:
   if name not in _RULES:
     raise ValueError(f'unknown range rule {name!r}; known are {list(_RULES)}')
   return _RULES[name](**args)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _without_padding(x: Array, units: Units) -> Array:

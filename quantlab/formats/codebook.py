@@ -160,7 +160,7 @@ def pow2(bits: int = 4) -> minifloat.Minifloat:
   References:
     Additive powers of two, arXiv 1909.13144, equation 3.
   """
-  if not 2 <= bits <= 7:
+  if bits not in range(2, 8):
     raise ValueError(f'pow2 takes 2 to 7 bits, found {bits=}')
   e = bits - 1
   return minifloat.Minifloat(f'pow2_{bits}', bits, e, 0, 2**e - 1, 1.0)
@@ -168,7 +168,7 @@ def pow2(bits: int = 4) -> minifloat.Minifloat:
 
 def codebook(bits: int = 4) -> Codebook:
   """A table of 2^bits entries learned for each tensor or channel."""
-  if not 1 <= bits <= 8:
+  if bits not in range(1, 9):
     raise ValueError(f'codebook takes 1 to 8 bits, found {bits=}')
   return Codebook(f'codebook_{bits}', bits)
 

@@ -228,3 +228,29 @@ def test_quantizers_sort_in_sets_and_replace():
   assert dataclasses.replace(a, group=64) == presets.int4(group=64)
   with pytest.raises(dataclasses.FrozenInstanceError):
     a.group = 3
+
+
+@pytest.mark.parametrize(
+  ('fields', 'error', 'message'),
+  [
+    ({'symmetric': 'no'}, TypeError, "symmetric takes True or False.*'no'"),
+    ({'symmetric': None}, TypeError, 'symmetric takes True or False.*None'),
+    ({'static': 1}, TypeError, 'static takes True or False, found 1'),
+    ({'narrow': 'x'}, TypeError, "narrow takes True or False, found 'x'"),
+    ({'group': 4, 'ragged': 1}, TypeError, 'ragged takes True or False'),
+    ({'block': 4}, ValueError, 'two positive integers, found 4'),
+    ({'block': 'ab'}, ValueError, "two positive integers, found 'ab'"),
+    ({'format': 8}, TypeError, "by its name, such as 'int8', found 8"),
+    ({'format': None}, TypeError, 'by its name, .* found None'),
+  ],
+)
+def test_refused_fields_of_another_type(fields, error, message):
+  with pytest.raises(error, match=message):
+    Quantizer(**{'format': 'int4', **fields})
+
+
+@pytest.mark.parametrize('bits', ['3', 2.5, None])
+@pytest.mark.parametrize('make', [presets.codebook, presets.pow2])
+def test_refused_widths(make, bits):
+  with pytest.raises(ValueError, match=f'bits, found bits={bits!r}'):
+    make(bits=bits)

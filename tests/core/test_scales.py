@@ -187,7 +187,11 @@ def test_mse_holds_one_candidate_at_a_time():
   [
     lambda: scales.percentile(p=40.0),
     lambda: scales.percentile(p=101.0),
+    lambda: scales.percentile(p='99'),
     lambda: scales.mse(0),
+    lambda: scales.mse(1.5),
+    lambda: scales.mse(p='2'),
+    lambda: scales.mse(p=float('nan')),
     lambda: scales.mse(10, p=0.0),
     lambda: scales.mse(10, low=1.0),
     lambda: scales.mse(10, high=0.9),
