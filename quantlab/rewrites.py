@@ -79,13 +79,15 @@ def _need(site, role, quantizer, state) -> QParams | None:
 
 
 def _shifted(site, out, state):
-  """The product with the shift of a folded map added."""
+  """The product with the shift of a folded map, and its own bias, added."""
   shift = state.get('fold', {}).get('shift')
-  if shift is None:
-    return out
-  shape = [1] * out.ndim
-  shape[site.fold.axis] = -1
-  return out + shift.reshape(shape).astype(out.dtype)
+  if shift is not None:
+    shape = [1] * out.ndim
+    shape[site.fold.axis] = -1
+    out = out + shift.reshape(shape).astype(out.dtype)
+  if 'bias' in state:
+    out = ops.add_bias(out, site.dims, state['bias'])
+  return out
 
 
 def _output(site, rule, out, state):
@@ -277,7 +279,7 @@ def quantized(
     evaluator = evaluator_of(
       traced,
       leaves,
-      _chosen(plan),
+      _chosen(plan, state),
       handler,
       strict=strict,
       folded=plan.folded if plan else frozenset(),
@@ -318,7 +320,7 @@ def fake_quantized(apply: Callable, plan: Plan) -> Callable:
     state = fold(traced, leaves, plan, state)
     leaves, state = _simulated(traced, leaves, plan, state)
     evaluator = evaluator_of(
-      traced, leaves, _chosen(plan), handler, folded=plan.folded
+      traced, leaves, _chosen(plan, state), handler, folded=plan.folded
     )
     outs, _ = evaluator.run(inputs, state)
     return jax.tree.unflatten(traced.program.out_tree, outs)
@@ -363,9 +365,9 @@ def observe(
     )
     if plan is not None and not quantize:
       state = fold(traced, leaves, plan, state)
-      chosen = wanted | plan.folded
+      chosen = wanted | plan.folded | adjusted(state)
     else:
-      chosen = wanted | _chosen(plan)
+      chosen = wanted | _chosen(plan, state)
     evaluator = evaluator_of(
       traced,
       leaves,
@@ -386,8 +388,44 @@ def observe(
   return run
 
 
-def _chosen(plan: Plan | None) -> frozenset[str]:
-  return frozenset(plan.quantized) if plan is not None else frozenset()
+class _Nothing:
+  """An observer that leaves out every site."""
+
+  def init(self, site):
+    return None
+
+  def update(self, *args):
+    raise NotImplementedError
+
+  def merge(self, *args):
+    raise NotImplementedError
+
+
+def transformed(apply: Callable, plan: Plan) -> Callable:
+  """`apply` in float, with what transforms leave to be done at run time.
+
+  Returns:
+    A function of `(variables, *args, **kwargs)`, of float weights.
+  """
+  observed = observe(apply, _Nothing(), plan, quantize=False)
+
+  @functools.wraps(apply)
+  def run(variables, *args, **kwargs):
+    return observed(variables, *args, **kwargs)[0]
+
+  return run
+
+
+def _chosen(plan: Plan | None, state: Mapping[str, Any]) -> frozenset[str]:
+  quantized = frozenset(plan.quantized) if plan is not None else frozenset()
+  return quantized | adjusted(state)
+
+
+def adjusted(state: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
+  """Sites whose state changes what they compute, quantized or not."""
+  return frozenset(
+    k for k, roles in state.items() if {'transform', 'bias'} & set(roles)
+  )
 
 
 def evaluator_of(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+_EMPTY = (
+  'calibration is empty: no batch to trace the function or to find activation '
+  'ranges with. Pass at least one batch, in a list or another object that can '
+  'be read more than once'
+)
 
 
 def arguments(batch: Any) -> tuple[Any, ...]:
@@ -18,9 +24,20 @@ def first(batches: Iterable[Any]) -> tuple[Any, ...]:
   """Arguments of the first batch.
 
   Raises:
-    TypeError: `batches` is not re-iterable.
+    TypeError: `batches` is not re-iterable, or is one batch instead of many.
     ValueError: there is none.
   """
+  if isinstance(batches, Mapping | str) or hasattr(batches, 'shape'):
+    # Iterating would take keys, letters or single rows for batches.
+    raise TypeError(
+      f'calibration takes a list of batches, got one {type(batches).__name__}; '
+      'pass [batch]'
+    )
+  if not isinstance(batches, Iterable):
+    raise TypeError(
+      f'calibration takes a list of batches, got {batches!r}; pass at least '
+      'one batch, as [batch]'
+    )
   if isinstance(batches, Iterator):
     raise TypeError(
       'calibration batches must be re-iterable (they are read more than '
@@ -29,10 +46,7 @@ def first(batches: Iterable[Any]) -> tuple[Any, ...]:
     )
   for batch in batches:
     return arguments(batch)
-  raise ValueError(
-    'calibration is empty: no batch to trace the function or to find '
-    'activation ranges with. Pass at least one batch'
-  )
+  raise ValueError(_EMPTY)
 
 
 def checked(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
@@ -41,7 +55,8 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
   Leading axes may differ (a last, smaller batch); all else must agree.
 
   Raises:
-    ValueError: names the batch and both shapes.
+    ValueError: names the batch and both shapes; or there is no batch, or one
+      without examples.
   """
   reference = None
   for index, batch in enumerate(batches):
@@ -55,7 +70,14 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
         f'{reference}: batches must agree in structure, dtype and every axis '
         'but the first'
       )
+    if any(np.shape(x)[:1] == (0,) for x in jax.tree.leaves(args)):
+      raise ValueError(
+        f'calibration batch {index} is empty: it has an array without examples '
+        '(first axis 0). Remove the batch'
+      )
     yield args
+  if reference is None:
+    raise ValueError(_EMPTY)
 
 
 def _describe(args: tuple[Any, ...]) -> str:

@@ -97,7 +97,11 @@ def operand(site: Any, role: str, lhs: Any, rhs: Any, out: Any) -> Any:
 
 
 def calibrate(
-  apply: Callable, params: Any, plan: Plan, batches: Iterable[Any]
+  apply: Callable,
+  params: Any,
+  plan: Plan,
+  batches: Iterable[Any],
+  state: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, dict[str, jax.Array]]]:
   """Parameters of every static quantizer: {site: {role: {scale, ...}}}.
 
@@ -108,6 +112,7 @@ def calibrate(
     apply, params: the float model.
     plan: says which operands have static quantizers.
     batches: re-iterable calibration batches.
+    state: of the sites: what transforms leave to be done at run time.
 
   Raises:
     ValueError: no batches, a batch of another shape, or values that are not
@@ -116,9 +121,10 @@ def calibrate(
   static = plan.static
   if not static:
     return {}
+  base = dict(state or {})
   extremes = _stream(
     rewrites.observe(apply, Extremes(static), plan, quantize=False),
-    params,
+    {'weights': params, 'sites': base},
     batches,
     Extremes(static),
     watch=tuple(static),
@@ -131,10 +137,13 @@ def calibrate(
   searched = {k: v for k, v in searched.items() if v}
   counts: dict[str, Any] = {}
   if searched:
-    state = {k: {r: extremes[k][r] for r in v} for k, v in searched.items()}
+    bounds = {
+      k: {**base.get(k, {}), **{r: extremes[k][r] for r in v}}
+      for k, v in searched.items()
+    }
     counts = _stream(
       rewrites.observe(apply, Histogram(searched), plan, quantize=False),
-      {'weights': params, 'sites': state},
+      {'weights': params, 'sites': {**base, **bounds}},
       batches,
       Histogram(searched),
     )

@@ -236,6 +236,12 @@ class Evaluator:
       return out
 
     with _jaxpr.eqn_context(eqn):
+      if 'transform' in mine:
+        found = mine['transform']
+        if site.side == 'lhs':
+          rhs = ops.adjust_input(rhs, site.dims, found)
+        else:
+          lhs = ops.adjust_input(lhs, site.dims, found)
       out, stats = self.handler(site, lhs, rhs, default, mine)
     return [out], {} if stats is None else {site.id: stats}
 

@@ -96,6 +96,22 @@ class DotDims:
     pair = (n_axes, m_axes) if self.weight_first else (m_axes, n_axes)
     return jnp.transpose(full, (*b, *pair[0], *pair[1]))
 
+  def out_vector(self, v: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """(batch..., N) as it broadcasts against the result, of `shape`."""
+    b, n = len(self.x_batch), len(self.w_free)
+    first = b if self.weight_first else len(shape) - n
+    free = shape[first : first + n]  # in the order of the operand's axes
+    order = sorted(self.w_free)
+    sizes = [free[order.index(i)] for i in self.w_free]
+    v = v.reshape(*v.shape[:-1], *sizes)
+    v = jnp.transpose(
+      v, (*range(b), *(b + self.w_free.index(i) for i in order))
+    )
+    lead = v.shape[:b]
+    rows = (1,) * (len(shape) - b - n)
+    middle = (*free, *rows) if self.weight_first else (*rows, *free)
+    return v.reshape(*lead, *middle)
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvDims:

@@ -64,7 +64,7 @@ def ptq(
   for member in members:
     if isinstance(member, Transform) and member.phase == 'prepare':
       context = member.run(context)
-  state = ranges.calibrate(apply, context.params, made, batches)
+  state = ranges.calibrate(apply, context.params, made, batches, context.state)
   context = dataclasses.replace(context, state=_merged(context.state, state))
   encoder = next((m for m in members if isinstance(m, Encoder)), rtn())
   run = walk.encode_all if encoder.observe is None else walk.encode_blocks
