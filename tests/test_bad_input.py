@@ -227,6 +227,40 @@ def test_calibration_cannot_be_read_twice():
     ql.ptq(apply, PARAMS, {'': W8}, iter([X]))
 
 
+@pytest.mark.parametrize('batches', [X, np.asarray(X), {'x': X}, 'path'])
+def test_one_batch_is_no_list_of_batches(batches):
+  with pytest.raises(
+    TypeError, match=r'a list of batches, got one .*\[batch\]'
+  ):
+    ql.ptq(apply, PARAMS, {'': W8}, batches)
+
+
+@pytest.mark.parametrize('batches', [None, 3, lambda: [X]])
+def test_calibration_is_nothing_to_iterate(batches):
+  with pytest.raises(TypeError, match='takes a list of batches, got'):
+    ql.ptq(apply, PARAMS, {'': W8}, batches)
+
+
+@pytest.mark.parametrize('batches', [[X[:0]], [X, X[:0]]])
+def test_a_batch_without_examples(batches):
+  at = len(batches) - 1
+  with pytest.raises(ValueError, match=f'calibration batch {at} is empty'):
+    ql.ptq(apply, PARAMS, {'': STATIC}, batches)
+
+
+def test_batches_that_end_after_the_first_reading():
+  class Once:
+    def __init__(self):
+      self.left = [X]
+
+    def __iter__(self):
+      while self.left:
+        yield self.left.pop()
+
+  with pytest.raises(ValueError, match=r'calibration is empty.*more than once'):
+    ql.ptq(apply, PARAMS, {'': STATIC}, Once())
+
+
 def test_calibration_batches_of_another_shape():
   with pytest.raises(ValueError, match=r'calibration batch 1 is .*7\].*8\]'):
     ql.ptq(apply, PARAMS, {'': STATIC}, [X, normal(0, 4, 7)])
