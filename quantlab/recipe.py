@@ -80,7 +80,7 @@ def rule(
     TypeError: an argument is not a quantizer.
     ValueError: both spellings at once, or nothing at all.
   """
-  made = Rule(weight, input, output, lhs, rhs, fold)
+  made = Rule(weight, input, output, lhs, rhs, _flag('fold', fold))
   for role in ('weight', 'input', 'output', 'lhs', 'rhs'):
     value = getattr(made, role)
     if value is not None and not isinstance(value, Quantizer):
@@ -95,6 +95,12 @@ def rule(
       'input=) for a product with a weight; got both'
     )
   return made
+
+
+def _flag(name: str, value: Any) -> bool:
+  if not isinstance(value, bool):  # a word such as 'no' would count as true
+    raise TypeError(f'{name} takes True or False, got {value!r}')
+  return value
 
 
 def optional(value: Rule | Quantizer | None) -> Optional:
@@ -150,7 +156,8 @@ class Recipe:
     if not decided:
       raise ValueError(
         f'no rule of the recipe matches any site. Patterns: '
-        f'{[e[0] for e in self.entries]}. Sites: {_names(sites)}'
+        f'{[e[0] for e in self.entries]}. Sites: {_names(sites) or "none"}'
+        f'{_why(sites)}'
       )
     for pattern, _, may_miss in self.entries:
       if pattern not in used and not may_miss:
@@ -187,25 +194,42 @@ def _subjects(site: Site) -> tuple[str | None, ...]:
   return (site.path,)
 
 
+def _why(sites: Sequence[Site]) -> str:
+  """What is wrong where a recipe is not to blame."""
+  if any(site.paths for site in sites):
+    return ''
+  return (
+    ': no product reads a parameter. Does the function take its weights from '
+    'the parameters it is given? A product of two activations is matched by '
+    "'site:<name>'"
+  )
+
+
 def _names(sites: Sequence[Site], limit: int = 12) -> str:
   ids = [s.id for s in sites]
   more = f', ... ({len(ids) - limit} more)' if len(ids) > limit else ''
   return ', '.join(ids[:limit]) + more
 
 
-def recipe(rules: Mapping[str, Any] | Recipe, *, strict: bool = True) -> Recipe:
+def recipe(
+  rules: Mapping[str, Any] | Recipe, *, strict: bool | None = None
+) -> Recipe:
   """An ordered recipe from `{pattern: quantizer | rule | None}`.
 
   Args:
     rules: first match wins; see the module.
-    strict: see `Recipe`.
+    strict: see `Recipe`; True, or as the given recipe has it.
 
   Raises:
     TypeError: a pattern is not a string, or a rule is not a rule.
     ValueError: a pattern is not a regular expression, or there is none.
   """
+  if strict is not None:
+    _flag('strict', strict)
   if isinstance(rules, Recipe):
-    return rules
+    return (
+      rules if strict is None else dataclasses.replace(rules, strict=strict)
+    )
   if not isinstance(rules, Mapping):
     raise TypeError(f'a recipe is a dict of pattern: rule, got {rules!r}')
   if not rules:
@@ -224,4 +248,4 @@ def recipe(rules: Mapping[str, Any] | Recipe, *, strict: bool = True) -> Recipe:
     entries.append(
       (pattern, _as_rule(inner, pattern), isinstance(value, Optional))
     )
-  return Recipe(tuple(entries), strict)
+  return Recipe(tuple(entries), strict is not False)

@@ -91,6 +91,8 @@ def test_value_errors(rules, message):
       r'rule\(weight=\.\.\.\) takes a quantizer',
     ),
     (lambda: ql.optional('int8'), 'must be a quantizer'),
+    (lambda: ql.rule(weight=W8, fold='no'), "fold takes True or False.*'no'"),
+    (lambda: ql.recipe({'': W8}, strict=0), 'strict takes True or False.*0'),
   ],
 )
 def test_type_errors(make, message):
@@ -117,6 +119,20 @@ def test_optional_rules_may_match_nothing():
 def test_errors_list_the_sites():
   with pytest.raises(ValueError, match='Sites: embed/w, block/up, block/down'):
     resolve({'nothing': W8})
+
+
+def test_no_site_has_a_weight():
+  closed, params = jnp.ones((8, 8)), {'w': W}
+  with pytest.raises(ValueError, match=r'Sites: dot_0: no product reads a par'):
+    ql.plan(lambda p, x: x @ closed, params, {'': W8}, X)
+  with pytest.raises(ValueError, match=r'Sites: none: no product reads a par'):
+    ql.plan(lambda p, x: x + 1, params, {'': W8}, X)
+
+
+def test_strict_of_a_recipe_that_is_made_again():
+  lax = ql.recipe({'': W8}, strict=False)
+  assert not ql.recipe(lax).strict
+  assert ql.recipe(lax, strict=True) == ql.recipe({'': W8})
 
 
 def test_a_recipe_is_a_value():
