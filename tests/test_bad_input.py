@@ -312,3 +312,36 @@ def test_quantizers_in_the_wrong_place(rule, reason):
   message = message_of(ValueError, lambda: plan({'kernel': rule}))
   assert "of site 'params/up/kernel'" in message
   assert reason in message
+
+
+# The function ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('bad', [None, 'apply', PARAMS])
+def test_apply_is_no_function(bad):
+  for call in (
+    lambda: ql.ptq(bad, PARAMS, {'': W8}, [X]),
+    lambda: ql.plan(bad, PARAMS, {'': W8}, X),
+    lambda: ql.quantized(bad),
+  ):
+    assert 'apply must be a function of (params, *args), got' in message_of(
+      TypeError, call
+    )
+
+
+@pytest.mark.parametrize(
+  ('params', 'args', 'note'),
+  [
+    (PARAMS, (X[:, :7],), 'params=a dict of [params], args=(float32[4, 7],)'),
+    (PARAMS, ([X],), 'args=([float32[4, 8]],)'),
+    (PARAMS['params'], (X,), 'params=a dict of [down, up], args='),
+    (PARAMS, ('x',), 'args=(str,)'),
+    (None, (X,), 'params=NoneType'),
+  ],
+)
+def test_an_error_of_the_function_says_what_it_was_given(params, args, note):
+  with pytest.raises((TypeError, KeyError)) as caught:
+    ql.plan(apply, params, {'': W8}, *args)
+  notes = caught.value.__notes__  # JAX adds one of its own
+  (found,) = [n for n in notes if n.startswith('quantlab was tracing apply(')]
+  assert note in found

@@ -16,6 +16,9 @@ from quantlab.core.tree import path_str
 from quantlab.graph import _jaxpr, sites
 from quantlab.graph.values import Dropped, logical
 
+# What the user's function raises on arguments that are not meant for it.
+_USER_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
+
 
 def is_stored(x: Any) -> bool:
   """Leaves of a parameter tree: QTensors and dropped leaves stay whole."""
@@ -64,6 +67,11 @@ class Tracer:
   def __init__(
     self, apply: Callable, captured: Mapping[str, str] | None = None
   ):
+    if not callable(apply):
+      raise TypeError(
+        'apply must be a function of (params, *args), got '
+        f'{type(apply).__name__}'
+      )
     self.apply = apply
     self.captured = dict(captured or {})
     self._cache: dict[Any, Traced] = {}
@@ -90,7 +98,11 @@ class Tracer:
     if found is None:
       _refuse_twins(paths)
       call = _Call(self.apply, (p_tree, a_tree), len(named), dynamic, static)
-      found = self._trace(call, avals, paths, leaves)
+      try:
+        found = self._trace(call, avals, paths, leaves)
+      except _USER_ERRORS as error:
+        error.add_note(_calling(self.apply, params, args, kwargs))
+        raise
       if key is not None and found.program.cacheable:
         self._cache[key] = found
     return found, leaves, inputs
@@ -118,6 +130,25 @@ class Tracer:
       found[id(const)] = leaf
     # The program holds its constants, so that an id stays what it means.
     return lambda const: found.get(id(const))
+
+
+def _calling(apply, params, args, kwargs) -> str:
+  """What was being called when the user's function raised."""
+
+  def one(x):
+    x = logical(x)
+    shaped = hasattr(x, 'shape') and hasattr(x, 'dtype')
+    return f'{x.dtype}{list(x.shape)}' if shaped else type(x).__name__
+
+  if isinstance(params, Mapping):
+    first = f'a {type(params).__name__} of {sorted(map(str, params))[:8]}'
+  else:
+    first = f'{one(params)}'
+  given = jax.tree.map(one, (tuple(args), dict(kwargs)), is_leaf=is_stored)
+  return (
+    f'quantlab was tracing {getattr(apply, "__name__", "apply")}(params, *args,'
+    f' **kwargs) with params={first}, args={given[0]}, kwargs={given[1]}'
+  ).replace("'", '')
 
 
 def _kind(x: Any) -> tuple[Any, str]:
