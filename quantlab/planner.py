@@ -45,7 +45,7 @@ def plan(
   Raises:
     ValueError: a rule matches nothing, a group does not divide, a site cannot
       take its quantizer, one stored parameter would need two formats.
-    TypeError: a parameter that is not floating point.
+    TypeError: a parameter that is not floating point, or is codes already.
   """
   tracer = tracing.Tracer(apply)
   traced, leaves, inputs = tracer(params, args, kwargs)
@@ -59,6 +59,16 @@ def make(
   recipe: Recipe,
 ) -> Plan:
   """`plan` for a call that is already traced."""
+  coded = [
+    path
+    for path, leaf in zip(traced.paths, leaves, strict=True)
+    if tracing.is_stored(leaf)
+  ]
+  if coded:
+    raise TypeError(
+      f'parameters are quantized already: {", ".join(coded[:5])}; a plan is '
+      'made for the float parameters'
+    )
   rules = recipe.resolve(traced.analysis.sites)
   computed: set[str] = set()
   while True:
@@ -253,6 +263,11 @@ class _Builder:
       elif site.weight_shape is not None and site.dims is not None:
         k = math.prod(site.contraction)
         n = math.prod(site.weight_shape[i] for i in site.dims.w_free)
+        if k == 0:
+          raise ValueError(
+            f'the weight of site {site.id!r} has no elements to quantize: its '
+            f'shape is {site.weight_shape}. Leave it in float (rule None)'
+          )
         q.check(k, n, site.path if '/' in site.path else repr(site.path))
 
   def operand_storage(self, site, quantizer) -> Storage:

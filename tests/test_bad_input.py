@@ -210,6 +210,31 @@ def test_half_precision_parameters(dtype):
   np.testing.assert_array_equal(got, want)
 
 
+def test_parameters_that_are_codes_already():
+  model = ql.ptq(apply, PARAMS, {'down': W8}, [X])
+  coded = model.params['weights']
+  for call in (
+    lambda: plan({'': W8}, coded),
+    lambda: ql.ptq(apply, coded, {'': W8}, [X]),
+  ):
+    assert 'quantized already: params/down; a plan' in message_of(
+      TypeError, call
+    )
+
+
+def test_weights_without_elements():
+  params = {'params': {**PARAMS['params'], 'down': jnp.zeros((12, 0))}}
+  for q in (W8, ql.int4(group=4, symmetric=False), ql.nvfp4(group=4)):
+    model = ql.ptq(apply, params, {'': q}, [X])
+    assert model.apply(model.params, X).shape == (4, 0)
+  params['params']['up'] = {'kernel': jnp.zeros((0, 12))}
+  message = message_of(
+    ValueError, lambda: plan({'kernel': W8}, params, apply, X[:, :0])
+  )
+  assert "weight of site 'params/up/kernel' has no elements" in message
+  assert '(0, 12). Leave it in float' in message
+
+
 # Calibration -----------------------------------------------------------------
 
 

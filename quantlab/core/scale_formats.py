@@ -81,7 +81,7 @@ def second_level(
   Returns:
     One number for each pair of trailing axes, (loops..., 1, 1).
   """
-  top = jnp.max(span, axis=(-2, -1), keepdims=True)
+  top = jnp.max(span, axis=(-2, -1), keepdims=True, initial=0)
   g = top * _reciprocal(levels * 448.0)
   return jnp.where(top == 0, np.float32(1), jnp.maximum(g, TINY))
 
