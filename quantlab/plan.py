@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from quantlab import core, ops, summary
-from quantlab.core import Layout, Quantizer
+from quantlab.core import Layout, QParams, QTensor, Quantizer
 from quantlab.graph import sites as sites_lib
 from quantlab.recipe import Rule
 
@@ -102,6 +102,14 @@ class SitePlan:
     found = data['rule']
     fields['rule'] = None if found is None else Rule.from_json(found)
     return cls(**fields)
+
+
+# What the state of a site may hold: fields by role, None where it is no dict.
+_FIELDS = ('bits', *QParams._fields, 'lo', 'hi')
+STATE: dict[str, tuple[str, ...] | None] = {
+  **dict.fromkeys(('weight', 'input', 'output', 'lhs', 'rhs'), _FIELDS),
+  **dict.fromkeys(('effective', 'fold', 'transform', 'bias')),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -227,6 +235,51 @@ class Plan:
         'from; make a plan for this call (another mode, such as decoding '
         'beside prefill, is another program).'
       )
+
+  def check_weights(self, leaves: Mapping[str, Any]) -> None:
+    """Refuses parameters, by path, that are not stored as planned.
+
+    Raises:
+      TypeError: a float array where the plan has codes.
+      ValueError: codes of another quantizer.
+    """
+    for path, storage in self.leaves.items():
+      leaf, planned = leaves.get(path), storage.quantizer
+      if leaf is not None and not isinstance(leaf, QTensor):
+        raise TypeError(
+          f'parameter {path!r} is planned as {planned!r}, got a float array: '
+          'pass the params of the quantized model, or simulate the plan on '
+          'float parameters with ql.fake_quantized(apply, plan)'
+        )
+      if leaf is not None and leaf.quantizer != planned:
+        raise ValueError(
+          f'parameter {path!r} is planned as {planned!r}, got codes of '
+          f'{leaf.quantizer!r}: these are the params of another model'
+        )
+
+  def check_state(self, state: Mapping[str, Any]) -> None:
+    """Refuses state of sites that has no meaning: a slip in a name.
+
+    Raises:
+      ValueError: says which site, role or field is unknown.
+    """
+    unknown = [k for k in state if k not in self.sites]
+    if unknown:
+      raise ValueError(
+        f'state for unknown sites {unknown}; known: {list(self.sites)}'
+      )
+    for site, roles in state.items():
+      for role, value in roles.items():
+        fields = STATE.get(role)
+        if role not in STATE:
+          raise ValueError(
+            f'state of site {site!r} for {role!r}; known: {list(STATE)}'
+          )
+        if fields and (wrong := sorted({*value} - {*fields})):
+          raise ValueError(
+            f'state of site {site!r} gives the {role} {wrong}; known: '
+            f'{list(fields)}'
+          )
 
 
 def _storage_json(s: Storage) -> dict[str, Any]:

@@ -204,6 +204,11 @@ class _Rewrite:
   """
 
   def __init__(self, apply: Callable, plan: Plan | None, evaluate: Callable):
+    if plan is not None and not isinstance(plan, Plan):
+      raise TypeError(
+        'the plan is what ql.plan(...) returns, or the plan of a model, got '
+        f'{type(plan).__name__}'
+      )
     self.tracer = tracing.Tracer(apply, plan.captured if plan else None)
     self.plan = plan
     self.evaluate = evaluate
@@ -213,7 +218,7 @@ class _Rewrite:
     weights, state = _split(variables)
     traced, leaves, inputs = self.tracer(weights, args, kwargs)
     if self.plan is not None:
-      _check_state(self.plan, state)
+      self.plan.check_state(state)
     # Compiled also where it is called eagerly: loops are not rebuilt each time.
     run = traced.compiled.get('run')
     if run is None:
@@ -244,14 +249,6 @@ def _check_effective(plan, traced, state):
     )
 
 
-def _check_state(plan: Plan, state: Mapping[str, Any]) -> None:
-  unknown = [k for k in state if k not in plan.sites]
-  if unknown:
-    raise ValueError(
-      f'state for unknown sites {unknown}; known: {list(plan.sites)}'
-    )
-
-
 def quantized(
   apply: Callable, plan: Plan | None = None, *, strict: bool | None = None
 ) -> Callable:
@@ -270,18 +267,17 @@ def quantized(
     plain parameter tree with QTensor leaves. Wrap it in `jax.jit`.
   """
   handler = deploying(plan)
-  if strict is None:
-    strict = plan.strict if plan is not None else True
 
   def evaluate(traced, leaves, inputs, state):
     if plan is not None:
+      plan.check_weights(dict(zip(traced.paths, leaves, strict=True)))
       _check_effective(plan, traced, state)
     evaluator = evaluator_of(
       traced,
       leaves,
       _chosen(plan, state),
       handler,
-      strict=strict,
+      strict=strict if strict is not None else plan is None or plan.strict,
       folded=plan.folded if plan else frozenset(),
     )
     outs, _ = evaluator.run(inputs, state)

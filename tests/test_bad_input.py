@@ -370,3 +370,45 @@ def test_an_error_of_the_function_says_what_it_was_given(params, args, note):
   notes = caught.value.__notes__  # JAX adds one of its own
   (found,) = [n for n in notes if n.startswith('quantlab was tracing apply(')]
   assert note in found
+
+
+# Variables -------------------------------------------------------------------
+
+
+def test_parameters_that_are_not_as_planned():
+  model = ql.ptq(apply, PARAMS, {'': W8}, [X])
+  for variables in (PARAMS, {**model.params, 'weights': PARAMS}):
+    message = message_of(TypeError, lambda v=variables: model.apply(v, X))
+    assert "'params/up/kernel' is planned as int8(), got a float arr" in message
+    assert 'ql.fake_quantized(apply, plan)' in message
+  other = ql.ptq(apply, PARAMS, {'': ql.int4(group=4)}, [X])
+  message = message_of(ValueError, lambda: model.apply(other.params, X))
+  assert 'planned as int8(), got codes of int4(group=4): these are' in message
+  # The codes alone are all that this model needs.
+  whole = model.apply(model.params, X)
+  assert np.array_equal(model.apply(model.params['weights'], X), whole)
+
+
+@pytest.mark.parametrize(
+  ('state', 'message'),
+  [
+    ({'down': {}}, "unknown sites ['down']; known: ['params/up/kernel', 'par"),
+    ({'params/down': {'wieght': {'bits': 4}}}, "'params/down' for 'wieght'"),
+    (
+      {'params/down': {'weight': {'bit': 4}}},
+      "'params/down' gives the weight ['bit']; known: ['bits', 'scale',",
+    ),
+  ],
+)
+def test_slips_in_the_state_of_a_site(state, message):
+  simulated = ql.fake_quantized(apply, plan({'': W8}))
+  assert message in message_of(
+    ValueError, lambda: simulated({'weights': PARAMS, 'sites': state}, X)
+  )
+
+
+@pytest.mark.parametrize('bad', [{'': W8}, 'plan', ql.recipe({'': W8})])
+def test_a_plan_of_another_type(bad):
+  for transform in (ql.quantized, ql.fake_quantized):
+    with pytest.raises(TypeError, match=r'the plan is what ql\.plan.*got'):
+      transform(apply, bad)
