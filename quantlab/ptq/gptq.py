@@ -71,7 +71,12 @@ def gptq(
     ).astype(target.weight.dtype)
     return codes, _facts(target, stat, hessian.shape[-1])
 
-  return Encoder('gptq', encode, InputMoments)
+  options = {
+    'damp': damp,
+    'act_order': act_order,
+    'static_groups': static_groups,
+  }
+  return Encoder('gptq', encode, InputMoments, options)
 
 
 def _refuse(target, stat):

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from quantlab import rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
+from quantlab.core.tree import path_str
 from quantlab.graph import tracing
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
 from quantlab.planner import make as make_plan
 from quantlab.ptq import walk
 from quantlab.ptq.model import Quantized
+from quantlab.ptq.resume import Checkpoints, fingerprints
 from quantlab.ptq.rtn import rtn
-from quantlab.ptq.transform import Context, Encoder, Member, Transform, chain
+from quantlab.ptq.streams import Store
+from quantlab.ptq.transform import (
+  Context,
+  Encoder,
+  Member,
+  Transform,
+  Tuner,
+  chain,
+)
 from quantlab.recipe import Recipe
 from quantlab.recipe import recipe as as_recipe
+from quantlab.runtime import files
 
 
 def ptq(
@@ -33,6 +46,8 @@ def ptq(
   *,
   key: jax.Array | None = None,
   loss: Callable | None = None,
+  workdir: epath.PathLike | None = None,
+  memory: int = 2**32,
 ) -> Quantized:
   """Quantizes a model after training.
 
@@ -46,13 +61,20 @@ def ptq(
     transform: the algorithm, or a chain of them; `ql.rtn()` by default.
     key: for what is random (stochastic rounding, rotations).
     loss: `(outputs, batch) -> scalar`, for members that need one.
+    workdir: a folder for the block walk: each finished block is kept there,
+      and the same call after an interruption goes on from it, bit for bit as
+      without one. Remove it when the model is saved.
+    memory: bytes of activations that stay in memory during the walk; beyond
+      it they lie in `workdir`, or without one in a temporary folder.
 
   Returns:
     The quantized model; `model.apply(model.params, *batch)` runs it.
 
   Raises:
     ValueError: see `ql.plan` and `ql.chain`; calibration is empty, changes
-      its shape or is not finite; a weight is not finite.
+      its shape or is not finite; a weight is not finite; `workdir` holds
+      the walk of another run (every difference is named).
+    OSError: `workdir` cannot be written; what was kept stays whole.
   """
   members = chain(transform)
   args = batches_lib.first(batches)
@@ -60,19 +82,48 @@ def ptq(
   made = make_plan(traced, leaves, inputs, as_recipe(recipe))
   _refuse_nonfinite(made, traced.paths, leaves)
   _refuse_keyless(made, key)
-  context = Context(apply, traced, made, params, batches, {}, key, loss)
-  for member in members:
-    if isinstance(member, Transform) and member.phase == 'prepare':
+  context = Context(
+    apply, traced, made, params, batches, {}, key=key, loss=loss
+  )
+  transforms = [m for m in members if isinstance(m, Transform)]
+  for member in transforms:
+    if member.phase == 'prepare':
       context = member.run(context)
   state = ranges.calibrate(apply, context.params, made, batches, context.state)
   context = dataclasses.replace(context, state=_merged(context.state, state))
   encoder = next((m for m in members if isinstance(m, Encoder)), rtn())
-  run = walk.encode_all if encoder.observe is None else walk.encode_blocks
-  encoded = run(context, encoder)
-  variables = _variables(context, encoded)
+  tuners = [m for m in members if isinstance(m, Tuner)]
+  if encoder.observe is None and not tuners:
+    encoded = walk.encode_all(context, encoder)
+  else:
+    encoded = _walk(context, encoder, tuners, members, workdir, memory)
+  context = dataclasses.replace(
+    context, variables=_variables(context, encoded)
+  ).noted(**encoded.facts)
+  for member in transforms:
+    if member.phase == 'correct':
+      context = member.run(context)
   names = [m.name for m in members] or [encoder.name]
-  report = {**context.report, **encoded.facts, 'transform': names}
-  return Quantized(rewrites.quantized(apply, made), variables, made, report)
+  report = context.noted(transform=names).report
+  return Quantized(
+    rewrites.quantized(apply, made), context.variables, made, report
+  )
+
+
+def _walk(context, encoder, tuners, members, workdir, memory) -> walk.Encoded:
+  """The block walk, with a folder for what does not fit into memory."""
+  if workdir is None:
+    with tempfile.TemporaryDirectory(prefix='quantlab') as folder:
+      store = Store(folder, memory)
+      return walk.encode_blocks(context, encoder, tuners, store)
+  folder = epath.Path(workdir)
+  kept = Checkpoints(folder, fingerprints(context, members))
+  files.remove(folder / 'streams')  # of a walk that was killed
+  store = Store(folder / 'streams', memory)
+  try:
+    return walk.encode_blocks(context, encoder, tuners, store, kept)
+  finally:
+    files.remove(folder / 'streams')
 
 
 def _merged(*states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -86,23 +137,22 @@ def _merged(*states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _variables(context: Context, encoded: walk.Encoded) -> dict[str, Any]:
   folds = {k: {'fold': {'shift': v}} for k, v in encoded.shifts.items()}
+  values = {**encoded.params, **encoded.leaves}
   return {
-    'weights': _replace(context.params, context.plan, encoded.leaves),
+    'weights': _replace(context.params, context.plan, values),
     'sites': _merged(context.state, folds),
     'effective': encoded.effective,
   }
 
 
-def _replace(params: Any, made: Plan, coded: Mapping[str, Any]) -> Any:
+def _replace(params: Any, made: Plan, values: Mapping[str, Any]) -> Any:
   """The user's tree with codes and without dropped parameters."""
 
   def one(path, leaf):
-    name = tracing.path_str(path)
-    if name in coded:
-      return coded[name]
+    name = path_str(path)
     if name in made.dropped:
       return Dropped(tuple(jnp.shape(leaf)), str(jnp.result_type(leaf)))
-    return leaf
+    return values.get(name, leaf)
 
   return jax.tree_util.tree_map_with_path(one, params)
 

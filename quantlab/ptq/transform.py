@@ -1,13 +1,17 @@
 """Transforms: the members of a PTQ chain, and what they hand on.
 
 A chain is prepare* encode correct*, with exactly one encode member (`rtn()`
-when none is given). Members see a `Context` and return a new one:
+when none is given):
 
-  prepare  changes float weights or inputs so that they quantize better, the
-           function unchanged (smoothing, rotation); scope program.
-  encode   turns every stored weight into codes, one call a weight, with the
-           statistics it asked for of that weight's inputs.
-  correct  changes what is left in float (biases, norms) to make up for it.
+  prepare  `Transform`: changes float weights or inputs so that they quantize
+           better, the function unchanged (smoothing, rotation). Sees a
+           `Context`, returns a new one; statistics are collected again by
+           whoever comes after.
+  encode   `Encoder`: turns every stored weight into codes, one call a weight,
+           with the statistics it asked for of that weight's inputs.
+  correct  changes what is left in float (biases, norms) to make up for it:
+           a `Transform` when all codes are made, or a `Tuner` in the walk,
+           block by block, before later blocks are encoded.
 
 How the hard cases pass through:
   rotate -> gptq          rotate rewrites float weights (program scope); ranges
@@ -71,6 +75,7 @@ class Context:
     params: float parameters, as changed so far.
     batches: calibration batches.
     state: site state (static ranges, input transforms).
+    variables: of the quantized model; None before codes are made.
     key: random key, or None.
     loss: `(outputs, batch) -> scalar` for members that need one.
     report: facts found on the way, JSON-able.
@@ -82,6 +87,7 @@ class Context:
   params: Any
   batches: Iterable[Any]
   state: Mapping[str, Mapping[str, Any]]
+  variables: Any = None
   key: jax.Array | None = None
   loss: Callable | None = None
   report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -99,11 +105,52 @@ class Transform:
     name: as it is reported.
     phase: 'prepare' or 'correct'.
     run: `Context -> Context`.
+    options: its arguments, JSON-able: a resumed run must have the same.
   """
 
   name: str
   phase: str
   run: Callable[[Context], Context]
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning:
+  """One block whose weights are codes, as a `Tuner` sees it.
+
+  Attributes:
+    name: of the block.
+    depth: of the block, from 0 (first) to 1 (last).
+    apply: `(leaves, stream, context) -> outputs` of the quantized block, the
+      outputs a tuple; differentiable in the float leaves.
+    leaves: its parameters by path, quantized or float.
+    gains: paths of the norm gains and biases among them.
+    batches: re-iterable, `(stream, context, target)` of each calibration
+      batch: the quantized stream coming in, and the float stream going out.
+  """
+
+  name: str
+  depth: float
+  apply: Callable[..., tuple[Any, ...]]
+  leaves: Mapping[str, Any]
+  gains: tuple[str, ...]
+  batches: Iterable[tuple[Any, Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuner:
+  """A member that changes float parameters of a block after it is encoded.
+
+  Attributes:
+    name: as it is reported.
+    run: `Tuning -> (new float leaves by path, facts)`.
+    options: its arguments, JSON-able.
+  """
+
+  name: str
+  run: Callable[[Tuning], tuple[dict[str, Any], dict[str, Any]]]
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  phase: str = dataclasses.field(default='correct', init=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +162,17 @@ class Encoder:
     encode: `(Target, statistics, key) -> (QTensor, facts)`.
     observe: `Plan -> Observer` of the statistics of each weight's inputs on
       the quantized stream; None needs no data.
+    options: its arguments, JSON-able.
   """
 
   name: str
   encode: Callable[[Target, Any, Any], tuple[Any, dict[str, Any]]]
   observe: Callable[[Plan], Any] | None = None
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   phase: str = dataclasses.field(default='encode', init=False)
 
 
-Member = Transform | Encoder
+Member = Transform | Encoder | Tuner
 
 
 def chain(*members: Member | Sequence[Member]) -> tuple[Member, ...]:
