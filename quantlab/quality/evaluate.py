@@ -35,7 +35,7 @@ def evaluate(
       (the batch and the examples are named).
     TypeError: a batch or an output of the wrong kind.
   """
-  step = _cached(_judging, apply, metric, ('quality',))
+  step = _cached(_judging, apply, _metric(metric), ('quality',))
   stats = _stream(step, params, batches, metric.targets)
   return metric.finish([batch['quality'] for batch in stats])
 
@@ -69,7 +69,7 @@ def compare(
     ValueError: as `evaluate`; or outputs of different shapes.
     TypeError: as `evaluate`.
   """
-  step = _cached(_judging, apply_b, metric, ('contrast',))
+  step = _cached(_judging, apply_b, _metric(metric), ('contrast',))
   reference = functools.partial(_cached(_outputs, apply_a), params_a)
   stats = _stream(step, params_b, batches, metric.targets, reference)
   return metric.conclude([batch['contrast'] for batch in stats])
@@ -108,6 +108,15 @@ def assess(
   }
 
 
+def _metric(metric: metrics.Metric) -> metrics.Metric:
+  if not isinstance(metric, metrics.Metric):
+    raise TypeError(
+      'metric must be one of quantlab.quality, such as quality.classification, '
+      f'got {metric!r}.'
+    )
+  return metric
+
+
 # Few, because a compiled function holds on to the model it closes over.
 @functools.lru_cache(maxsize=8)
 def _compiled(make: Callable, apply: Apply, *args: Any) -> Callable:
@@ -120,6 +129,11 @@ def _cached(make: Callable, apply: Apply, *args: Any) -> Callable:
   The reference is a function of its own, so that judging many variants of a
   model compiles the model itself once.
   """
+  if not callable(apply):
+    raise TypeError(
+      'apply must be a function of (params, *inputs), such as model.apply; got '
+      f'{type(apply).__name__}.'
+    )
   try:
     hash(apply)
   except TypeError:  # what cannot be hashed cannot be looked up
@@ -209,6 +223,10 @@ def _split(batch: Any, targets: int, i: int) -> tuple[tuple, tuple]:
     raise TypeError(
       f'Batch {i} has {len(batch)} arrays; the metric takes the last {targets} '
       'as targets, and at least one input must come before them.'
+    )
+  if any(np.shape(x)[:1] == (0,) for x in jax.tree.leaves(batch)):
+    raise ValueError(
+      f'Batch {i} has an array without examples (first axis 0); remove it.'
     )
   cut = len(batch) - targets
   return batch[:cut], batch[cut:]

@@ -298,3 +298,13 @@ def test_bfloat16_logits_are_measured_in_float32():
   logits = np.asarray(half['table'], np.float64)[rows]
   loss = -special.log_softmax(logits, axis=1)[np.arange(30), labels].mean()
   assert found['cross_entropy'].value == pytest.approx(loss, 1e-5)
+
+
+def test_arguments_of_another_type_are_refused(problem):
+  x, y, params, _ = problem
+  with pytest.raises(TypeError, match=r'apply must be a function.*got dict'):
+    quality.evaluate(params, params, [(x, y)])
+  with pytest.raises(TypeError, match=r"metric must be one of.*got 'accuracy'"):
+    quality.evaluate(linear, params, [(x, y)], 'accuracy')
+  with pytest.raises(ValueError, match='Batch 1 has an array without examples'):
+    quality.evaluate(linear, params, [(x, y), (x[:0], y[:0])])
