@@ -44,6 +44,12 @@ def _check(config: Any) -> list[variants.Variant]:
   """The variants of a config; its every name is checked before any work."""
   for name in config.models:
     variants.check_name('model', name, tuple(models.WORKLOADS))
+  for name in ('calibration', 'evaluation'):
+    if config[name] < 0:
+      raise variants.ConfigError(
+        f'{name}={config[name]}: expected a number of examples, or 0 for the '
+        "workload's own choice."
+      )
   return variants.resolve(config.variants)
 
 
@@ -203,13 +209,16 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
       return
     if not workdir:
       raise app.UsageError('--workdir is needed: a folder for the results')
-    run(config, workdir)
+    metrics = run(config, workdir)
   except (variants.ConfigError, runtime.WorkdirError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     print('stopped; the same command goes on from here', file=sys.stderr)
     sys.exit(130)
-  print(f'written to {workdir}: report.html, metrics.json, plan.json')
+  if metrics:
+    print(f'written to {workdir}: report.html, metrics.json, plan.json')
+  else:
+    print('nothing was measured: no model of the config has its files here')
 
 
 if __name__ == '__main__':

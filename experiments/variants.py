@@ -49,6 +49,11 @@ def resolve(specs: Iterable[Mapping[str, Any]]) -> list[Variant]:
   """
   found: list[Variant] = []
   for spec in specs:
+    if not isinstance(spec, Mapping):
+      raise ConfigError(
+        f'a variant is a dict with a name and rules, found {spec!r}; a config '
+        'file holds them, the command line cannot.'
+      )
     name = spec.get('name')
     if not isinstance(name, str) or not re.fullmatch(r'[\w.+-]+', name):
       raise ConfigError(

@@ -237,6 +237,8 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path, calls):
   ('change', 'message'),
   [
     ({'models': ('digits_cn',)}, "model 'digits_cn'.*mean 'digits_cnn'"),
+    ({'calibration': -5}, 'calibration=-5: expected a number of examples'),
+    ({'variants': ('w8',)}, "a variant is a dict .* found 'w8'"),
     (
       {
         'variants': (
@@ -281,6 +283,15 @@ def test_usage(monkeypatch, tmp_path, args, message):
 def test_a_config_is_needed(monkeypatch):
   with pytest.raises(flags.IllegalFlagValueError, match='config'):
     command(monkeypatch, '--workdir=x')
+
+
+def test_a_run_without_models_says_so(monkeypatch, tmp_path, capsys):
+  monkeypatch.setenv('QUANTLAB_DATA', str(tmp_path / 'none'))
+  config = f'--config={_CONFIGS / "mnist.py"}'
+  command(monkeypatch, config, f'--workdir={tmp_path / "run"}')
+  assert capsys.readouterr().out.endswith(
+    'no model of the config has its files here\n'
+  )
 
 
 @pytest.mark.parametrize('folder', ['file/below', 'other'])
