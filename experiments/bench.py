@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from rich import box
 from rich import table as rich_table
 
+from experiments import command_line
 from experiments.benchmarks import trace
 from quantlab import runtime
 
@@ -113,4 +114,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == '__main__':
   flags.mark_flag_as_required('config')
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

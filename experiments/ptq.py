@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from rich import markup
 
 import quantlab as ql
-from experiments import variants
+from experiments import command_line, variants
 from quantlab import models, quality, report, runtime
 
 
@@ -225,4 +225,4 @@ if __name__ == '__main__':
   define_flags()
   # Otherwise every checkpoint is told of in twenty lines; --verbosity=0 does.
   logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse)

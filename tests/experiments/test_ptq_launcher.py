@@ -271,6 +271,28 @@ def test_a_misspelt_field_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
   ('args', 'message'),
+  [
+    ((_DIGITS, '--config.varients=1'), 'Did you mean "variants"'),
+    (('--config=nowhere.py',), 'No such file'),
+  ],
+)
+def test_a_slip_in_the_config_gives_no_traceback(tmp_path, args, message):
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.ptq', *args, f'--workdir={tmp_path}'],
+    cwd=_CONFIGS.parent.parent,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: --config: ')
+  assert message in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
   [((), '--workdir is needed'), (('--workdir=x', 'y'), "arguments .'y'.")],
 )
 def test_usage(monkeypatch, tmp_path, args, message):
