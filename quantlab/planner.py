@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantlab import ops, rewrites
+from quantlab import handlers, ops, rewrites
 from quantlab.core import Layout, Quantizer
 from quantlab.graph import rewrite, roles, tracing
 from quantlab.graph import sites as sites_lib
@@ -123,7 +123,7 @@ def _check(traced, leaves, inputs, draft):
       traced,
       weights,
       frozenset(draft.quantized),
-      rewrites.deploying(draft),
+      handlers.deploying(draft),
       folded=draft.folded,
       strict=draft.strict,
       report=report,
@@ -282,21 +282,10 @@ class _Builder:
     return Storage(quantizer, layout, shape, site.dtype)
 
   def place_leaf(self, site, part, path, quantizer):
-    view, leaf = site.view, self.leaf[path]
-    k_axes = view.axes(site.dims.w_contract, part)
-    n_axes = view.axes(site.dims.w_free, part)
-    batch = view.axes(site.dims.w_batch, part)
-    # An axis that no operand axis comes from was indexed away: a layer.
-    indexed = [
-      i
-      for i in range(leaf.ndim)
-      if i not in (*k_axes, *n_axes, *batch, *view.loops) and leaf.shape[i] != 1
-    ]
-    loop_axes = tuple(dict.fromkeys((*view.loops, *indexed, *batch)))
+    leaf = self.leaf[path]
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise TypeError(f'parameter {path!r} is {leaf.dtype}, not floating point')
-    order = _stored_order(site, view, part, k_axes)
-    layout = Layout.of(tuple(leaf.shape), order, loop_axes)
+    layout = leaf_layout(site, part, leaf.shape)
     new = Storage(quantizer, layout, tuple(leaf.shape), str(leaf.dtype))
     old = self.stored.setdefault(path, new)
     self.owner.setdefault(path, site.id)
@@ -362,6 +351,33 @@ def _for_kind(site: sites_lib.Site, rule: Rule | None) -> Rule | None:
     return rule
   rule = dataclasses.replace(rule, input=None)
   return rule if rule.quantizers else None
+
+
+def leaf_layout(
+  site: sites_lib.Site, part: int, shape: Sequence[int]
+) -> Layout:
+  """How a parameter that a site's weight is a view of lies as (..., K, N).
+
+  Args:
+    site: whose weight is a view of its parameters.
+    part: which of them.
+    shape: of that parameter.
+  """
+  view, dims = site.view, site.dims
+  if view is None or dims is None:
+    raise ValueError(f'the weight of site {site.id!r} is no view of parameters')
+  k_axes = view.axes(dims.w_contract, part)
+  n_axes = view.axes(dims.w_free, part)
+  batch = view.axes(dims.w_batch, part)
+  # An axis that no operand axis comes from was indexed away: a layer.
+  indexed = [
+    i
+    for i in range(len(shape))
+    if i not in (*k_axes, *n_axes, *batch, *view.loops) and shape[i] != 1
+  ]
+  loop_axes = tuple(dict.fromkeys((*view.loops, *indexed, *batch)))
+  order = _stored_order(site, view, part, k_axes)
+  return Layout.of(tuple(shape), order, loop_axes)
 
 
 def _stored_order(site, view, part, k_axes) -> tuple[int, ...]:

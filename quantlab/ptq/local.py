@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from quantlab import rewrites
+from quantlab import handlers, rewrites
 from quantlab.core.tree import named_leaves
 from quantlab.graph import known, tracing
 from quantlab.ptq.resume import Entries
@@ -136,8 +136,8 @@ class Local:
   def observed(self, observer, ids: Sequence[str]):
     """A function of (stream, context): statistics of the inputs of sites."""
     wanted = _Only(observer, ids)
-    handler = rewrites.observing(wanted, rewrites.deploying(self.plan))
-    plain = rewrites.observing(wanted, rewrites.computing)
+    handler = handlers.observing(wanted, handlers.deploying(self.plan))
+    plain = handlers.observing(wanted, handlers.computing)
     encoded = frozenset(self.encoded)
     chosen = frozenset(ids) | encoded | rewrites.adjusted(self.state)
 
@@ -161,7 +161,7 @@ class Local:
 
   def _float(self, leaves, state, stream, context):
     chosen = rewrites.adjusted(state)
-    evaluator = self._evaluator(leaves, rewrites.computing, chosen, frozenset())
+    evaluator = self._evaluator(leaves, handlers.computing, chosen, frozenset())
     return tuple(evaluator.run([*stream, *context], state)[0])
 
   def coded_step(self, stream, context) -> tuple[Any, ...]:
@@ -175,7 +175,7 @@ class Local:
     encoded = frozenset(self.encoded)
     evaluator = self._evaluator(
       self._listed(leaves),
-      rewrites.deploying(self.plan),
+      handlers.deploying(self.plan),
       encoded | rewrites.adjusted(self.state),
       self.plan.folded & encoded,
     )
