@@ -44,8 +44,10 @@ from quantlab.plan import Plan as Plan
 from quantlab.planner import plan as plan
 from quantlab.ptq import Quantized as Quantized
 from quantlab.ptq import chain as chain
+from quantlab.ptq import fold_norms as fold_norms
 from quantlab.ptq import gptq as gptq
 from quantlab.ptq import ptq as ptq
+from quantlab.ptq import rotate as rotate
 from quantlab.ptq import rtn as rtn
 from quantlab.quality import compare as compare
 from quantlab.quality import evaluate as evaluate

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from quantlab.graph.pairs import Member, Pair
 
@@ -116,7 +117,12 @@ def _rotated(pair, member, w, r):
   index = member.index.transpose(order).reshape(-1)
   rows = index.reshape(-1, d)[:, 0]
   layer = np.maximum(rows, 0) // pair.channels
-  turned = jnp.einsum('...hd,hde->...he', y.reshape(*rest, -1, d), r[layer])
+  turned = jnp.einsum(
+    '...hd,hde->...he',
+    y.reshape(*rest, -1, d),
+    r[layer],
+    precision=lax.Precision.HIGHEST,
+  )
   kept = jnp.where((rows < 0)[:, None], y.reshape(*rest, -1, d), turned)
   back = jnp.transpose(kept.reshape(y.shape), tuple(np.argsort(order)))
   return back.astype(w.dtype)
