@@ -106,6 +106,10 @@ class _Work:
   def facts(self) -> dict[str, Any]:
     return {**self.done, 'left': self.left}
 
+  def rng(self, name: str) -> np.random.Generator:
+    assert self.key is not None
+    return hadamard.generator(self.key, name)
+
   def note(self, part: str, name: str, fact: Any) -> None:
     self.done.setdefault(part, {})[name] = fact
 
@@ -175,7 +179,7 @@ class _Work:
     return None
 
   def _turn(self, stream: Stream) -> None:
-    rng = hadamard.generator(self.key, f'residual/{stream.source}')
+    rng = self.rng(f'residual/{stream.source}')
     make = hadamard.mean_keeping if stream.keeps else hadamard.rotation
     matrix = make(rng, stream.channels)
     params = dict(named_leaves(self.ctx.params))
@@ -195,7 +199,7 @@ class _Work:
       if why is not None:
         self.left[f'values of {pair.source}'] = why
         continue
-      rng = hadamard.generator(self.key, f'heads/{pair.source}')
+      rng = self.rng(f'heads/{pair.source}')
       matrix = hadamard.rotation(rng, size)
       params = dict(named_leaves(self.ctx.params))
       turned = migrate.rotate_pair(
@@ -221,7 +225,7 @@ class _Work:
         self._at_run_time(dataclasses.replace(where, sites=sites))
 
   def _at_run_time(self, where: Input) -> None:
-    rng = hadamard.generator(self.key, f'online/{where.name}')
+    rng = self.rng(f'online/{where.name}')
     channels = where.places[where.sites[0].id].shape[-1]
     factors = hadamard.factors(rng, channels)
     signs = hadamard.signs(rng, channels)
