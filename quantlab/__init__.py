@@ -43,12 +43,23 @@ from quantlab.io import save as save
 from quantlab.plan import Plan as Plan
 from quantlab.planner import plan as plan
 from quantlab.ptq import Quantized as Quantized
+from quantlab.ptq import awq as awq
+from quantlab.ptq import (
+  batch_norm_reestimation as batch_norm_reestimation,
+)
+from quantlab.ptq import bias_correction as bias_correction
 from quantlab.ptq import chain as chain
+from quantlab.ptq import (
+  cross_layer_equalization as cross_layer_equalization,
+)
 from quantlab.ptq import fold_norms as fold_norms
 from quantlab.ptq import gptq as gptq
+from quantlab.ptq import norm_tweak as norm_tweak
+from quantlab.ptq import outlier_suppression as outlier_suppression
 from quantlab.ptq import ptq as ptq
 from quantlab.ptq import rotate as rotate
 from quantlab.ptq import rtn as rtn
+from quantlab.ptq import smooth as smooth
 from quantlab.quality import compare as compare
 from quantlab.quality import evaluate as evaluate
 from quantlab.recipe import optional as optional

@@ -161,7 +161,7 @@ def fake_quantized(apply: Callable, plan: Plan) -> Callable:
 
   def evaluate(traced, leaves, inputs, state):
     _refuse_codes(leaves, traced.paths)
-    state = fold(traced, leaves, plan, state)
+    state = fold(traced, leaves, plan.folded, state)
     leaves, state = _simulated(traced, leaves, plan, state)
     evaluator = evaluator_of(
       traced, leaves, _chosen(plan, state), handler, folded=plan.folded
@@ -212,7 +212,7 @@ def observe(
       s.id for s in traced.analysis.sites if observer.init(s) is not None
     )
     if plan is not None and not quantize:
-      state = fold(traced, leaves, plan, state)
+      state = fold(traced, leaves, plan.folded, state)
       chosen = wanted | plan.folded | adjusted(state)
     else:
       chosen = wanted | _chosen(plan, state)
@@ -298,10 +298,13 @@ def evaluator_of(
 
 
 def fold(
-  traced: tracing.Traced, leaves: Sequence[Any], plan: Plan, state: Mapping
+  traced: tracing.Traced,
+  leaves: Sequence[Any],
+  folded: frozenset[str],
+  state: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
   """`state` with the dense effective weights and shifts of folded sites."""
-  found = known.weights(traced, leaves, plan.folded, plan.folded)
+  found = known.weights(traced, leaves, folded, folded)
   new = {k: dict(v) for k, v in state.items()}
   for name, stat in found.items():
     mine = new.setdefault(name, {})

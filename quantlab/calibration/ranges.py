@@ -122,7 +122,7 @@ def calibrate(
   if not static:
     return {}
   base = dict(state or {})
-  extremes = _stream(
+  extremes = stream(
     rewrites.observe(apply, Extremes(static), plan, quantize=False),
     {'weights': params, 'sites': base},
     batches,
@@ -141,7 +141,7 @@ def calibrate(
       k: {**base.get(k, {}), **{r: extremes[k][r] for r in v}}
       for k, v in searched.items()
     }
-    counts = _stream(
+    counts = stream(
       rewrites.observe(apply, Histogram(searched), plan, quantize=False),
       {'weights': params, 'sites': {**base, **bounds}},
       batches,
@@ -156,8 +156,15 @@ def calibrate(
   }
 
 
-def _stream(observed, variables, batches, monoid, watch=()):
+def stream(observed, variables, batches, monoid, watch=()):
   """Merges the statistics of all batches; one jitted call a batch.
+
+  Args:
+    observed: what `rewrites.observe` returned.
+    variables: its variables.
+    batches: calibration batches.
+    monoid: the observer.
+    watch: sites with statistics {role: {'lo', 'hi'}} that must be finite.
 
   The first of the sites `watch` that sees a value that is not finite is named.
   """

@@ -96,6 +96,16 @@ class DotDims:
     pair = (n_axes, m_axes) if self.weight_first else (m_axes, n_axes)
     return jnp.transpose(full, (*b, *pair[0], *pair[1]))
 
+  def out_rows(self, out: jax.Array) -> jax.Array:
+    """The result as (batch..., rows, N), N in storage order."""
+    b, n = len(self.x_batch), len(self.w_free)
+    first = b if self.weight_first else out.ndim - n
+    order = sorted(self.w_free)
+    free = tuple(first + order.index(i) for i in self.w_free)
+    batch = tuple(range(b))
+    rest = tuple(i for i in range(b, out.ndim) if i not in free)
+    return _matrix(out, batch, rest, free)
+
   def out_vector(self, v: jax.Array, shape: Sequence[int]) -> jax.Array:
     """(batch..., N) as it broadcasts against the result, of `shape`."""
     b, n = len(self.x_batch), len(self.w_free)
@@ -154,6 +164,12 @@ class ConvDims:
 
   def w_restore(self, y: jax.Array, shape: Sequence[int]) -> jax.Array:
     return _unmatrix(y, shape, (), self.w_contract, self.w_free)
+
+  def out_rows(self, out: jax.Array) -> jax.Array:
+    """The result as (rows, N)."""
+    return _matrix(
+      out, (), (self.out_spec[0], *self.out_spec[2:]), (self.out_spec[1],)
+    )
 
   def x_matrix(self, x: jax.Array) -> jax.Array:
     """X as (images, everything else): an image is a convolution's token.

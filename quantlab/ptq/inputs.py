@@ -1,4 +1,4 @@
-"""Inputs of sites: where equivalent transforms scale, shift and rotate.
+"""Inputs of sites: where equivalent transforms scale, shift and rotate them.
 
 The sites that read one value (q, k, v) are one `Input`. What is done to it,
 x' = ((x - z) / s) R, is undone in their weights. Where the dataflow has a pair
@@ -10,7 +10,7 @@ time. Either way the function is what it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +22,11 @@ from quantlab.core.tree import named_leaves, path_str
 from quantlab.graph import migrate, pairs
 from quantlab.graph.sites import Site
 from quantlab.ops import ConvDims, DotDims, rotate
-from quantlab.plan import Plan, Storage
+from quantlab.plan import Plan
+from quantlab.planner import leaf_layout
 from quantlab.ptq.transform import Context
+
+Vector = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Input:
     channels: its channels, of the pair where there is one.
     loops: lengths of the layer loops around; vectors are (*loops, channels).
     places: for each site, the channel (of the pair) of each of its own input
-      channels: (*loops, C).
+      channels: (*loops, C); `channels` where it is none of them.
     why: why nothing can be done at run time, or None.
   """
 
@@ -57,46 +60,44 @@ class Input:
 
 
 def inputs(ctx: Context) -> tuple[Input, ...]:
-  """The inputs of all quantized sites that have a weight, in program order."""
-  plan, analysis = ctx.plan, ctx.traced.analysis
-  wanted = [
-    s
-    for s in analysis.sites
-    if s.id in plan.quantized and isinstance(s.dims, DotDims | ConvDims)
-    if s.side is not None
-  ]
+  """The inputs of all quantized sites that have a weight, in program order.
+
+  A site that reads the channels of several pairs side by side is in the input
+  of each of them.
+  """
+  plan, params = ctx.plan, dict(named_leaves(ctx.params))
   found = [p for p in pairs.of_traced(ctx.traced) if 'scale' in p.allows]
-  pair_of = {site: p for p in reversed(found) for site in p.sites}
-  groups: dict[Any, list[Site]] = {}
   together = {
     site: ids for ids in pairs.shared_of_traced(ctx.traced) for site in ids
   }
-  for site in wanted:
-    pair = pair_of.get(site.id)
-    key = id(pair) if pair else together.get(site.id, site.id)
-    groups.setdefault(key, []).append(site)
+  groups: dict[Any, tuple[pairs.Pair | None, list[Site]]] = {}
+  for site in ctx.traced.analysis.sites:
+    known = isinstance(site.dims, DotDims | ConvDims) and site.side is not None
+    if site.id not in plan.quantized or not known:
+      continue
+    mine = [p for p in found if site.id in p.sites and whole(site, params)]
+    if not mine:
+      key = together.get(site.id, site.id)
+      groups.setdefault(key, (None, []))[1].append(site)
+    for pair in mine:
+      groups.setdefault(id(pair), (pair, []))[1].append(site)
   return tuple(
-    _input(plan, tuple(group), pair_of.get(group[0].id))
-    for group in groups.values()
+    _input(plan, params, tuple(sites), pair) for pair, sites in groups.values()
   )
 
 
-def _input(plan: Plan, sites: tuple[Site, ...], pair) -> Input:
+def _input(plan, params, sites: tuple[Site, ...], pair) -> Input:
   first = sites[0]
-  why = next(filter(None, (_refusal(plan, s) for s in sites)), None)
+  why = next(filter(None, (_refusal(plan, s, params) for s in sites)), None)
   if pair is None:
     c = channels_of(first)
     own = {s.id: np.broadcast_to(np.arange(c), (*s.loops, c)) for s in sites}
     return Input(sites, None, c, first.loops, own, why)
-  members = {m.site: m for m in pair.consumers}
-  places = {
-    s.id: _places(s, storage_of(plan, s), members[s.id].index, pair)
-    for s in sites
-  }
-  return Input(sites, pair, pair.channels, pair.loops, places, why)
+  at = {s.id: places(s, pair, params) for s in sites}
+  return Input(sites, pair, pair.channels, pair.loops, at, why)
 
 
-def _refusal(plan: Plan, site: Site) -> str | None:
+def _refusal(plan: Plan, site: Site, params: Mapping[str, Any]) -> str | None:
   """Why the weight of a site cannot take the inverse of a transform."""
   if site.derivation != 'leaf' or len(site.paths) != 1:
     return f'the weight of {site.id!r} is computed from several parameters'
@@ -105,14 +106,22 @@ def _refusal(plan: Plan, site: Site) -> str | None:
   uses = [s.id for s in plan.sites.values() if site.path in s.paths]
   if len(uses) > 1:
     return f'the weight of {site.id!r} is also that of {uses[1:]}'
+  if not whole(site, params):
+    return f'the weight of {site.id!r} is a part of {site.path!r}'
   return None
 
 
-def storage_of(plan: Plan, site: Site) -> Storage:
-  """How the weight of a quantized site is stored, or would be."""
-  if site.id in plan.effective:
-    return plan.effective[site.id]
-  return plan.leaves[site.paths[0]]
+def whole(site: Site, params: Mapping[str, Any]) -> bool:
+  """Whether each row of a site's parameters meets one channel of its input."""
+  if site.derivation != 'leaf' or site.view is None:
+    return False
+  want = (*site.loops, *_lead(site), int(np.prod(site.contraction)))
+  abstract = {
+    p: jax.ShapeDtypeStruct(params[p].shape, params[p].dtype)
+    for p in site.paths
+  }
+  found = jax.eval_shape(lambda tree: matrices_of(site, tree), abstract)
+  return all(w.shape[:-1] == want for w in found)
 
 
 def channels_of(site: Site) -> int:
@@ -122,59 +131,44 @@ def channels_of(site: Site) -> int:
   return int(np.prod(site.contraction))
 
 
-def _grid(site: Site) -> np.ndarray:
-  """Which input channel each element of the matrix (K, N) meets."""
+def grid(site: Site, n: int) -> np.ndarray:
+  """Which input channel each element of the matrix (K, n or 1) meets."""
   k = int(np.prod(site.contraction))
   if not isinstance(site.dims, ConvDims):
     return np.arange(k)[:, None]
-  per = site.contraction[-1]
-  n = site.weight_shape[site.dims.w_free[0]]  # type: ignore[index]
-  group = np.arange(n) // (n // site.dims.groups)
+  per, groups = site.contraction[-1], site.dims.groups
+  group = np.arange(n if groups > 1 else 1) // max(n // groups, 1)
   return (np.arange(k) % per)[:, None] + group[None, :] * per
 
 
-def _places(site, storage, index, pair) -> np.ndarray:
-  """The pair's channel of each input channel of a site, (*loops, C)."""
-  full = np.broadcast_to(index, storage.shape)
-  matrix = np.asarray(storage.layout.to_canonical(full)) % pair.channels
-  grid = np.broadcast_to(_grid(site), matrix.shape[-2:])
-  first = np.unique(grid, return_index=True)[1]
-  return matrix.reshape(*matrix.shape[:-2], -1)[..., first]
+def places(
+  site: Site, pair: pairs.Pair, params: Mapping[str, Any]
+) -> np.ndarray:
+  """The pair's channel of each input channel of a site; see `Input`."""
+  path = site.paths[0]
+  [member] = [m for m in pair.consumers if (m.site, m.path) == (site.id, path)]
+  matrix = index_matrix(site, member, params)
+  first = np.unique(grid(site, matrix.shape[-1]), return_index=True)[1]
+  if grid(site, matrix.shape[-1]).shape[-1] == 1:
+    matrix = matrix[..., :1]
+  batch = tuple(range(len(site.loops), matrix.ndim - 2))
+  # Experts read one input.
+  matrix = matrix.max(batch) if batch else matrix
+  found = matrix.reshape(*matrix.shape[:-2], -1)[..., first]
+  return np.where(found < 0, pair.channels, found % pair.channels)
 
 
-# What is known of an input --------------------------------------------------
+def index_matrix(
+  site: Site, member: pairs.Member, params: Mapping[str, Any]
+) -> np.ndarray:
+  """A member's channels as they lie in its site's (loops..., batch..., K, N).
 
-
-class ChannelRange:
-  """Observer: smallest, largest and mean magnitude of each input channel."""
-
-  def __init__(self, sites: Iterable[str]):
-    self.sites = frozenset(sites)
-
-  def init(self, site):
-    if site.id not in self.sites:
-      return None
-    bound = jnp.full((*_lead(site), channels_of(site)), jnp.inf, jnp.float32)
-    zero = jnp.zeros_like(bound)
-    return {'lo': bound, 'hi': -bound, 'sum': zero, 'rows': zero}
-
-  def update(self, site, stat, lhs, rhs, out, state):
-    x = channel_rows(site, lhs if site.side == 'rhs' else rhs)
-    new = {
-      'lo': jnp.min(x, -2),
-      'hi': jnp.max(x, -2),
-      'sum': jnp.sum(jnp.abs(x), -2),
-      'rows': jnp.full_like(stat['rows'], x.shape[-2]),
-    }
-    return self.merge(site, stat, new)
-
-  def merge(self, site, a, b):
-    return {
-      'lo': jnp.minimum(a['lo'], b['lo']),
-      'hi': jnp.maximum(a['hi'], b['hi']),
-      'sum': a['sum'] + b['sum'],
-      'rows': a['rows'] + b['rows'],
-    }
+  Channels count over the loops; -1 where it is none, as in `Member`.
+  """
+  shape = params[member.path].shape
+  full: Any = np.broadcast_to(member.index, shape)
+  layout = leaf_layout(site, site.paths.index(member.path), shape)
+  return np.asarray(layout.to_canonical(full))
 
 
 def _lead(site) -> tuple[int, ...]:
@@ -183,112 +177,145 @@ def _lead(site) -> tuple[int, ...]:
   return tuple(site.weight_shape[i] for i in site.dims.w_batch)
 
 
-def channel_rows(site: Site, x: jax.Array) -> jax.Array:
-  """The input as (batch..., rows, C), float32."""
-  x = x.astype(jnp.float32)
-  if isinstance(site.dims, ConvDims):
-    x = jnp.moveaxis(x, site.dims.lhs_spec[1], -1)
-    return x.reshape(-1, x.shape[-1])
-  return site.dims.x_matrix(x)  # type: ignore[union-attr]
+def matrix_of(site: Site, params: Mapping[str, Any]) -> jax.Array:
+  """The float weight of a site as (loops..., batch..., K, N)."""
+  return matrices_of(site, params)[0]
 
 
-def gather(
-  where: Input, values: Mapping[str, jax.Array], reduce: str
-) -> jax.Array:
-  """Values by site and input channel as values by channel of the input.
+def matrices_of(site: Site, params: Mapping[str, Any]) -> list[jax.Array]:
+  """`matrix_of` each of its parameters, where several are joined."""
+  return [
+    leaf_layout(site, part, params[p].shape).to_canonical(params[p])
+    for part, p in enumerate(site.paths)
+  ]
+
+
+def own(
+  where: Input, site: Site, vector: np.ndarray, neutral: float
+) -> np.ndarray:
+  """A vector over the input's channels as one over a site's own.
 
   Args:
     where: the input.
-    values: by site id, (*loops, batch..., C).
-    reduce: 'min' or 'max', where several positions hold one channel.
+    site: one of its sites.
+    vector: (..., *loops, channels).
+    neutral: for channels of the site that are none of the input's.
 
   Returns:
-    (*loops, channels).
+    (..., *loops, C).
   """
-  start = np.inf if reduce == 'min' else -np.inf
-  out = jnp.full(where.shape, start, jnp.float32)
-  for site in where.sites:
-    if site.id not in values:
-      continue
-    value, place = values[site.id], where.places[site.id]
-    extra = value.ndim - place.ndim  # experts read one input
-    axes = tuple(range(len(where.loops), len(where.loops) + extra))
-    value = value.min(axes) if reduce == 'min' else value.max(axes)
-    flat = out.reshape(-1, where.channels)
-    rows = np.arange(flat.shape[0])[:, None]
-    at = flat.at[rows, place.reshape(flat.shape[0], -1)]
-    value = value.reshape(flat.shape[0], -1)
-    flat = at.min(value) if reduce == 'min' else at.max(value)
-    out = flat.reshape(where.shape)
-  return out
+  lead, place = vector.shape[:-1], where.places[site.id]
+  rest = np.full((*lead, 1), neutral, np.float32)
+  return np.take_along_axis(
+    np.concatenate([vector, rest], -1, dtype=np.float32),
+    np.broadcast_to(place, (*lead, place.shape[-1])),
+    -1,
+  )
 
 
-def weight_absmax(ctx: Context, where: Input) -> jax.Array:
-  """The largest magnitude that meets each channel, over all its weights."""
-  params = dict(named_leaves(ctx.params))
-  values = {}
-  for site in where.sites:
-    w = jnp.abs(matrix_of(ctx.plan, site, params)).astype(jnp.float32)
-    grid = np.broadcast_to(_grid(site), w.shape[-2:])
-    lead = w.shape[:-2]
-    best = jnp.zeros((*lead, channels_of(site)), jnp.float32)
-    values[site.id] = best.at[..., grid.reshape(-1)].max(
-      w.reshape(*lead, -1), mode='drop'
-    )
-  return gather(where, values, 'max')
+def over_matrix(
+  where: Input, site: Site, vector: np.ndarray, neutral: float, n: int
+) -> np.ndarray:
+  """A vector over the input's channels as it meets a site's matrix.
 
-
-def matrix_of(plan: Plan, site: Site, params: Mapping[str, Any]) -> jax.Array:
-  """The float weight of a site as (loops..., batch..., K, N)."""
-  storage = storage_of(plan, site)
-  return storage.layout.to_canonical(params[site.paths[0]])
+  Returns:
+    (..., *loops, 1 for each batch axis, K, n or 1).
+  """
+  spread = own(where, site, vector, neutral)[..., grid(site, n)]
+  lead = spread.ndim - 2
+  batch = range(lead, lead + len(_lead(site)))
+  return np.expand_dims(spread, tuple(batch))
 
 
 # What is done to it ---------------------------------------------------------
 
 
-def scale_input(ctx: Context, where: Input, s: jax.Array) -> Context:
+def scale_input(ctx: Context, where: Input, s: Vector) -> Context:
   """Divides an input by s > 0 of shape `where.shape`, weights multiplied."""
   if where.pair is not None:
-    params = dict(named_leaves(ctx.params))
-    return replaced(ctx, migrate.scale_pair(params, where.pair, s))
-  ctx = _weights(ctx, where, lambda w, v: w * v, s)
-  own = _own(where, 1 / s)
-  return _at_run_time(ctx, {k: {'gain': v} for k, v in own.items()})
-
-
-def shift_input(ctx: Context, where: Input, z: jax.Array) -> Context:
-  """Subtracts z from an input, the products' biases make up for it."""
-  if where.pair is not None and 'shift' in where.pair.allows:
-    params = dict(named_leaves(ctx.params))
-    return replaced(ctx, migrate.shift_pair(params, where.pair, z))
+    return scale_across(ctx, where.pair, s)
   _check_run_time(where)
-  if any(isinstance(s.dims, ConvDims) for s in where.sites):
-    raise ValueError(
-      f'the input of {where.name} cannot be shifted: a convolution pads with '
-      'zeros, which would have to be shifted too'
-    )
-  folded = [s.id for s in where.sites if s.id in ctx.plan.folded]
-  if folded:
-    raise ValueError(
-      f'the input of {folded} cannot be shifted: a BatchNorm is folded into '
-      'the weight; give the rule fold=False'
-    )
+  params = dict(named_leaves(ctx.params))
+  for site in where.sites:
+    w = matrix_of(site, params)
+    scaled = w * over_matrix(where, site, np.asarray(s), 1, w.shape[-1])
+    params[site.paths[0]] = _back(site, params, scaled)
+  gains = _vectors(where, 1 / s, 1)
+  return _at_run_time(
+    replaced(ctx, params), {k: {'gain': v} for k, v in gains.items()}
+  )
+
+
+def scale_across(ctx: Context, pair: pairs.Pair, s: Vector) -> Context:
+  """Moves a scale across a pair, with what sites do there at run time.
+
+  A shift of a consumer's input is one of the smaller values now; a bias added
+  to a producer's product is made smaller like the product.
+  """
+  _refuse_adjusted(ctx, pair, ('signs', 'rotation'), 'scaled')
   params = dict(named_leaves(ctx.params))
   state = {k: dict(v) for k, v in ctx.state.items()}
-  for site in where.sites:
-    w = matrix_of(ctx.plan, site, params).astype(jnp.float32)
-    mine = jnp.take_along_axis(z, jnp.asarray(where.places[site.id]), -1)
-    extra = w.ndim - 1 - mine.ndim
-    lead = (*mine.shape[:-1], *(1,) * extra, 1, mine.shape[-1])
-    product = jnp.matmul(
-      mine.reshape(lead), w, precision=lax.Precision.HIGHEST
-    )[..., 0, :]
-    roles = state.setdefault(site.id, {})
-    roles['bias'] = roles.get('bias', 0) + product
+  sites = {s.id: s for s in ctx.traced.analysis.sites}
+  for member in pair.consumers:
+    site, roles = _state_of(member, sites, state)
+    if site is not None and 'shift' in roles.get('transform', {}):
+      at = {site.id: places(site, pair, params)}
+      where = Input((site,), pair, pair.channels, pair.loops, at)
+      mine = _vectors(where, s, 1)[site.id]
+      shift = roles['transform']['shift'] / mine
+      roles['transform'] = {**roles['transform'], 'shift': shift}
+  for member in pair.producers:
+    site, roles = _state_of(member, sites, state)
+    if site is not None and member.role == 'kernel' and 'bias' in roles:
+      index = index_matrix(site, member, params)[..., 0, :]
+      mine = np.asarray(s).reshape(-1)[np.maximum(index, 0)]
+      roles['bias'] = roles['bias'] / np.where(index < 0, 1, mine)
   ctx = dataclasses.replace(ctx, state=state)
-  own = _own(where, z)
-  return _at_run_time(ctx, {k: {'shift': v} for k, v in own.items()})
+  return replaced(ctx, migrate.scale_pair(params, pair, s))
+
+
+def _state_of(member, sites, state):
+  """The site that a member is the weight of, and its state."""
+  return sites.get(member.site), state.get(member.site, {})
+
+
+def no_shift(ctx: Context, where: Input) -> str | None:
+  """Why `shift_input` cannot be done, or None."""
+  if where.pair is not None and 'shift' in where.pair.allows:
+    return None
+  if where.why:
+    return where.why
+  if any(isinstance(s.dims, ConvDims) for s in where.sites):
+    return 'a convolution pads with zeros, which would have to be shifted too'
+  folded = [s.id for s in where.sites if s.id in ctx.plan.folded]
+  if folded:
+    return (
+      f'a BatchNorm is folded into the weight of {folded}; give the rule '
+      'fold=False'
+    )
+  return None
+
+
+def shift_input(ctx: Context, where: Input, z: Vector) -> Context:
+  """Subtracts z from an input, the products' biases make up for it."""
+  why = no_shift(ctx, where)
+  if why:
+    raise ValueError(f'the input of {where.name} cannot be shifted: {why}')
+  params = dict(named_leaves(ctx.params))
+  if where.pair is not None and 'shift' in where.pair.allows:
+    adjusted = ('gain', 'signs', 'rotation')
+    _refuse_adjusted(ctx, where.pair, adjusted, 'shifted')
+    return replaced(ctx, migrate.shift_pair(params, where.pair, z))
+  own_shift = _vectors(where, z, 0)
+  moved = _at_run_time(ctx, {k: {'shift': v} for k, v in own_shift.items()})
+  state = {k: dict(v) for k, v in moved.state.items()}
+  for site in where.sites:
+    w = matrix_of(site, params).astype(jnp.float32)
+    product = jnp.matmul(
+      own_shift[site.id][..., None, :], w, precision=lax.Precision.HIGHEST
+    )[..., 0, :]
+    state[site.id]['bias'] = state[site.id].get('bias', 0) + product
+  return dataclasses.replace(ctx, state=state)
 
 
 def rotate_input(
@@ -308,14 +335,11 @@ def rotate_input(
   params = dict(named_leaves(ctx.params))
   noted = {}
   for site in where.sites:
-    w = matrix_of(ctx.plan, site, params)
+    w = matrix_of(site, params)
     turned = rotate(
       jnp.swapaxes(w, -1, -2).astype(jnp.float32) * signs, factors
     )
-    new = storage_of(ctx.plan, site).layout.to_logical(
-      jnp.swapaxes(turned, -1, -2)
-    )
-    params[site.paths[0]] = new.astype(w.dtype)
+    params[site.paths[0]] = _back(site, params, jnp.swapaxes(turned, -1, -2))
     lead = (*site.loops, *_lead(site))
     noted[site.id] = {
       'signs': jnp.broadcast_to(signs, (*lead, *signs.shape)),
@@ -326,28 +350,29 @@ def rotate_input(
   return _at_run_time(replaced(ctx, params), noted)
 
 
+def _back(site, params, matrix):
+  """A matrix as the site's parameter has it."""
+  w = params[site.paths[0]]
+  return leaf_layout(site, 0, w.shape).to_logical(matrix).astype(w.dtype)
+
+
+def _refuse_adjusted(ctx, pair, keys, verb) -> None:
+  """A pair must not go over inputs that are changed at run time already."""
+  for member in pair.consumers:
+    found = ctx.state.get(member.site or '', {}).get('transform', {})
+    mine = [k for k in keys if k in found]
+    if mine:
+      raise ValueError(
+        f'the input of {member.site!r} has a {mine[0]} at run time already and '
+        f'cannot be {verb} before it: put scales and shifts before rotations'
+      )
+
+
 def _check_run_time(where: Input) -> None:
   if where.why:
     raise ValueError(
       f'the input of {where.name} cannot be changed at run time: {where.why}'
     )
-
-
-def _weights(ctx: Context, where: Input, f, vector) -> Context:
-  """Applies f(matrix, vector spread over it) to the weights of an input."""
-  _check_run_time(where)
-  params = dict(named_leaves(ctx.params))
-  for site in where.sites:
-    w = matrix_of(ctx.plan, site, params)
-    mine = jnp.take_along_axis(vector, jnp.asarray(where.places[site.id]), -1)
-    spread = mine[..., _grid(site)]  # (loops..., K, N or 1)
-    batch = w.ndim - spread.ndim
-    spread = jnp.expand_dims(
-      spread, tuple(len(where.loops) + i for i in range(batch))
-    )
-    new = storage_of(ctx.plan, site).layout.to_logical(f(w, spread))
-    params[site.paths[0]] = new.astype(w.dtype)
-  return replaced(ctx, params)
 
 
 def _at_run_time(
@@ -363,14 +388,16 @@ def _at_run_time(
   return dataclasses.replace(ctx, state=state)
 
 
-def _own(where: Input, value: jax.Array) -> dict[str, jax.Array]:
-  """A vector over the input's channels as each site's own."""
+def _vectors(
+  where: Input, value: Vector, neutral: float
+) -> dict[str, jax.Array]:
+  """A vector over the input's channels as each site's state holds it."""
   found = {}
   for site in where.sites:
-    mine = jnp.take_along_axis(value, jnp.asarray(where.places[site.id]), -1)
-    extra = (1,) * len(_lead(site))
-    shape = (*mine.shape[:-1], *extra, mine.shape[-1])
-    found[site.id] = jnp.asarray(mine.reshape(shape), jnp.float32)
+    mine = own(where, site, np.asarray(value, np.float32), neutral)
+    ones = (1,) * len(_lead(site))
+    mine = mine.reshape(*mine.shape[:-1], *ones, mine.shape[-1])
+    found[site.id] = jnp.asarray(mine)
   return found
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from quantlab import handlers, rewrites
 from quantlab.core.tree import named_leaves
@@ -115,11 +118,63 @@ class Local:
       state['fold'] = {'shift': self.entries['shifts', site, layer]}
     self.state[site] = state
 
-  def tuned(self, new: dict[str, Any]) -> None:
-    """Replaces float parameters."""
-    for path, value in new.items():
-      self.leaves[path] = value
-      self.entries['params', path, self.block.slices.get(path, ())] = value
+  # Changes of tuners ----------------------------------------------------------
+
+  def tunable(self, site) -> bool:
+    """Whether outputs of a site have channels that can be corrected."""
+    rule = self.plan.sites[site.id].rule
+    product = site.side is not None and site.kind in ('dot', 'conv')
+    return product and rule is not None and rule.output is None
+
+  def set_leaf(self, path: str, value: jax.Array) -> None:
+    value = value.astype(self.leaves[path].dtype)
+    self.leaves[path] = value
+    self.entries['params', path, self.block.slices.get(path, ())] = value
+
+  def add_bias(self, site, bias: jax.Array) -> None:
+    state = dict(self.state.get(site.id, {}))
+    state['bias'] = state.get('bias', 0) + bias
+    self.state[site.id] = state
+    self.entries['biases', site.id, self.block.layer] = state['bias']
+
+  def scale_output(self, site, gain: jax.Array, shift: jax.Array) -> None:
+    kind, name = self._stored(site)
+    layer = self.block.layer
+    q = self.entries[kind, name, layer]
+    own = q.scale.shape[-1] == gain.shape[-1]
+    if not own or q.quantizer.scale_format not in ('float32', 'bfloat16'):
+      raise ValueError(
+        f'the weight of site {site.id!r} is stored as {q.quantizer!r}: its '
+        'outputs can be rescaled only where every channel has a scale of its '
+        "own in float32 or bfloat16, as with per='channel' or group="
+      )
+    new = dataclasses.replace(q, scale=(q.scale * gain).astype(q.scale.dtype))
+    self.entries[kind, name, layer] = new
+    if kind == 'leaves':
+      self.leaves[name] = new
+    before = self.state.get(site.id, {})
+    added = before.get('bias', 0) * gain + shift
+    if ('shifts', name, layer) in self.entries:
+      at = ('shifts', name, layer)
+      self.entries[at] = self.entries[at] * gain
+    if kind == 'effective':
+      self._place(name)
+    state = dict(self.state.get(site.id, {}))
+    state['bias'] = added
+    self.state[site.id] = state
+    self.entries['biases', site.id, layer] = added
+
+  def _stored(self, site) -> tuple[str, str]:
+    """Kind and name of the codes of a site's weight."""
+    if site.id in self.plan.effective:
+      return 'effective', site.id
+    [path] = site.paths
+    if path in self.shared:
+      raise ValueError(
+        f'the weight of site {site.id!r} has other uses: its scales cannot be '
+        'changed for one of them'
+      )
+    return 'leaves', path
 
   def restore(self, entries: Entries) -> None:
     """Takes the block as it was finished before."""
@@ -129,6 +184,9 @@ class Local:
         self.leaves[name] = value
       elif kind == 'effective':
         self._place(name)
+    for (kind, name, _), value in entries.items():
+      if kind == 'biases':
+        self.state[name] = {**self.state.get(name, {}), 'bias': value}
     self.encoded = {s.id for s in self.block.analysis.sites if self.wants(s)}
 
   # Both streams --------------------------------------------------------------
@@ -153,6 +211,25 @@ class Local:
 
     leaves = self._listed(self.leaves)
     return lambda stream, context: run(leaves, self.state, stream, context)
+
+  def float_observed(self, observer, ids: Sequence[str]):
+    """The same of the float block, with the BatchNorms folded."""
+    wanted = _Only(observer, ids)
+    handler = handlers.observing(wanted, handlers.computing)
+    folded = self.plan.folded & {s.id for s in self.block.analysis.sites}
+    chosen = frozenset(ids) | folded | rewrites.adjusted(self.float_state)
+
+    @jax.jit
+    def run(leaves, state, stream, context):
+      state = rewrites.fold(self.traced, leaves, folded, state)
+      return self._evaluator(leaves, handler, chosen, folded, wanted).run(
+        [*stream, *context], state
+      )[1]
+
+    leaves = self._listed(self.floats)
+    return lambda stream, context: run(
+      leaves, self.float_state, stream, context
+    )
 
   def float_step(self, stream, context) -> tuple[Any, ...]:
     """The float stream after the block."""
@@ -188,6 +265,42 @@ class Local:
 
   def _listed(self, leaves) -> list[Any]:
     return [leaves[p] for p in self.block.paths]
+
+
+class OutputMoments:
+  """Observer: sums of the output of each channel, and of its square."""
+
+  def __init__(self, ids: Iterable[str]):
+    self.ids = frozenset(ids)
+
+  def init(self, site):
+    if site.id not in self.ids:
+      return None
+    zero = jnp.zeros((*self._lead(site), self._channels(site)), jnp.float32)
+    return {'sum': zero, 'square': zero, 'rows': jnp.zeros((), jnp.float32)}
+
+  def update(self, site, stat, lhs, rhs, out, state):
+    y = site.dims.out_rows(out.astype(jnp.float32))
+    new = {
+      'sum': jnp.sum(y, -2),
+      'square': jnp.sum(y * y, -2),
+      'rows': jnp.float32(y.shape[-2]),
+    }
+    return self.merge(site, stat, new)
+
+  def merge(self, site, a, b):
+    return jax.tree.map(jnp.add, a, b)
+
+  def result(self, stat) -> dict[str, jax.Array]:
+    mean = stat['sum'] / stat['rows']
+    var = jnp.maximum(stat['square'] / stat['rows'] - mean**2, 0)
+    return {'mean': mean, 'var': var}
+
+  def _channels(self, site) -> int:
+    return math.prod(site.weight_shape[i] for i in site.dims.w_free)
+
+  def _lead(self, site) -> tuple[int, ...]:
+    return tuple(site.weight_shape[i] for i in site.dims.w_batch)
 
 
 class _Only:

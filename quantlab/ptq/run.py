@@ -137,10 +137,11 @@ def _merged(*states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _variables(context: Context, encoded: walk.Encoded) -> dict[str, Any]:
   folds = {k: {'fold': {'shift': v}} for k, v in encoded.shifts.items()}
+  biases = {k: {'bias': v} for k, v in encoded.biases.items()}
   values = {**encoded.params, **encoded.leaves}
   return {
     'weights': _replace(context.params, context.plan, values),
-    'sites': _merged(context.state, folds),
+    'sites': _merged(context.state, folds, biases),
     'effective': encoded.effective,
   }
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -114,41 +114,66 @@ class Transform:
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tuning:
-  """One block whose weights are codes, as a `Tuner` sees it.
+class Tuning(Protocol):
+  """One block whose weights are codes, as a `Tuner` sees and changes it.
 
   Attributes:
     name: of the block.
     depth: of the block, from 0 (first) to 1 (last).
-    apply: `(leaves, stream, context) -> outputs` of the quantized block, the
-      outputs a tuple; differentiable in the float leaves.
     leaves: its parameters by path, quantized or float.
     gains: paths of the norm gains and biases among them.
+    groups: its quantized products in order, those with one input together.
     batches: re-iterable, `(stream, context, target)` of each calibration
       batch: the quantized stream coming in, and the float stream going out.
   """
 
   name: str
   depth: float
-  apply: Callable[..., tuple[Any, ...]]
   leaves: Mapping[str, Any]
-  gains: tuple[str, ...]
+  gains: Sequence[str]
+  groups: Sequence[Sequence[Site]]
   batches: Iterable[tuple[Any, Any, Any]]
+
+  def apply(
+    self, leaves: Mapping[str, Any], stream: Any, context: Any
+  ) -> tuple[Any, ...]:
+    """Outputs of the quantized block; differentiable in float leaves."""
+
+  def moments(
+    self, sites: Sequence[Site]
+  ) -> Mapping[str, tuple[Mapping[str, jax.Array], Mapping[str, jax.Array]]]:
+    """Mean and variance of each output channel, by site: float, quantized.
+
+    Of what a BatchNorm makes of the product, where it is folded.
+    """
+
+  def set_leaf(self, path: str, value: jax.Array) -> None:
+    """Replaces a float parameter."""
+
+  def add_bias(self, site: Site, bias: jax.Array) -> None:
+    """Adds to every output channel (N,) of a product."""
+
+  def scale_output(self, site: Site, gain: jax.Array, shift: jax.Array) -> None:
+    """Makes a product's output y gain + shift, by channel, in its scales.
+
+    Raises:
+      ValueError: the weight has no scale of its own for each channel, or its
+        scale format cannot hold the new ones.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuner:
-  """A member that changes float parameters of a block after it is encoded.
+  """A member that changes what is float in a block after it is encoded.
 
   Attributes:
     name: as it is reported.
-    run: `Tuning -> (new float leaves by path, facts)`.
+    run: `Tuning -> facts`; changes go through the methods of `Tuning`.
     options: its arguments, JSON-able.
   """
 
   name: str
-  run: Callable[[Tuning], tuple[dict[str, Any], dict[str, Any]]]
+  run: Callable[[Tuning], dict[str, Any]]
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   phase: str = dataclasses.field(default='correct', init=False)
 

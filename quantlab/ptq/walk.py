@@ -25,10 +25,10 @@ from quantlab.core.tree import named_leaves
 from quantlab.graph import blocks as blocks_lib
 from quantlab.graph import known, pairs, tracing
 from quantlab.plan import Plan
-from quantlab.ptq.local import Local
+from quantlab.ptq.local import Local, OutputMoments
 from quantlab.ptq.resume import Checkpoints, Entries
 from quantlab.ptq.streams import Store
-from quantlab.ptq.transform import Context, Encoder, Target, Tuner, Tuning
+from quantlab.ptq.transform import Context, Encoder, Target, Tuner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Encoded:
     effective: codes by site id.
     shifts: shift of a folded BatchNorm, by site id.
     params: float parameters by path, as tuners left them.
+    biases: what tuners added to products, by site id.
     facts: what the members reported: by weight, by block.
   """
 
@@ -47,6 +48,7 @@ class Encoded:
   effective: dict[str, QTensor]
   shifts: dict[str, jax.Array]
   params: dict[str, Any]
+  biases: dict[str, jax.Array]
   facts: dict[str, Any]
 
 
@@ -66,7 +68,7 @@ def encode_all(ctx: Context, encoder: Encoder) -> Encoded:
     target = Target(name, None, stat['weight'], plan.effective[name])
     effective[name], _ = encoder.encode(target, None, ctx.key)
   shifts = {k: s['shift'] for k, s in found.items() if 'shift' in s}
-  return Encoded(coded, effective, shifts, params, {})
+  return Encoded(coded, effective, shifts, params, {}, {})
 
 
 def encode_blocks(
@@ -131,9 +133,10 @@ class _Walker:
     else:
       for group in _groups(block):
         self._group(local, group, weights)
+    # Before the float stream moves on: outputs of both are compared.
+    tuned = done[1]['tuned'] if done else self._tune(local, depth)
     for i, context in self._contexts(block):
       self.floats[i] = local.float_step(self.floats[i], context)
-    tuned = done[1].get('tuned', {}) if done else self._tune(local, depth)
     noise = signal = 0.0
     for i, context in self._contexts(block):
       self.coded[i] = local.coded_step(self.coded[i], context)
@@ -173,19 +176,10 @@ class _Walker:
     return total
 
   def _tune(self, local: Local, depth: float) -> dict[str, Any]:
-    facts = {}
-    for tuner in self.tuners:
-      tuning = Tuning(
-        name=local.block.name,
-        depth=depth,
-        apply=local.apply,
-        leaves=dict(local.leaves),
-        gains=tuple(p for p in local.block.paths if p in self.gains),
-        batches=_Batches(self, local.block),
-      )
-      new, facts[tuner.name] = tuner.run(tuning)
-      local.tuned(new)
-    return facts
+    return {
+      tuner.name: tuner.run(_BlockTuning(self, local, depth))
+      for tuner in self.tuners
+    }
 
   def _contexts(self, block) -> Iterator[tuple[int, Any]]:
     for i, args in enumerate(checked(self.ctx.batches)):
@@ -211,19 +205,55 @@ class _Walker:
       _stacked(kinds['effective']),
       _stacked(kinds['shifts']),
       params,
+      _stacked(kinds['biases']),
       {'weights': weights, 'blocks': blocks},
     )
 
 
-class _Batches:
-  """What a tuner reads of the streams, as often as it likes."""
+class _BlockTuning:
+  """The block at hand, see `Tuning`."""
 
-  def __init__(self, walker: _Walker, block):
-    self.walker, self.block = walker, block
+  def __init__(self, walker: _Walker, local: Local, depth: float):
+    self._walker, self._local, self.depth = walker, local, depth
+    self.name = local.block.name
+    self.gains = [p for p in local.block.paths if p in walker.gains]
+    self.groups = [
+      found
+      for group in _groups(local.block)
+      if (found := [s for s in group if local.tunable(s)])
+    ]
+    self.apply = local.apply
+    self.set_leaf = local.set_leaf
+    self.add_bias = local.add_bias
+    self.scale_output = local.scale_output
+    self.batches = self
 
-  def __iter__(self):
-    for i, context in self.walker._contexts(self.block):
-      yield self.walker.coded[i], context, self.walker.floats[i]
+  @property
+  def leaves(self) -> dict[str, Any]:
+    return dict(self._local.leaves)
+
+  def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+    walker, local = self._walker, self._local
+    for i, context in walker._contexts(local.block):
+      target = local.float_step(walker.floats[i], context)
+      yield walker.coded[i], context, target
+
+  def moments(self, sites) -> dict[str, Any]:
+    walker, local = self._walker, self._local
+    ids = [s.id for s in sites]
+    observer = OutputMoments(ids)
+    sides = (
+      (walker.floats, local.float_observed(observer, ids)),
+      (walker.coded, local.observed(observer, ids)),
+    )
+    totals: list[dict[str, Any]] = []
+    for stream, observed in sides:
+      total: dict[str, Any] = {}
+      for i, context in walker._contexts(local.block):
+        for k, v in observed(stream[i], context).items():
+          total[k] = observer.merge(None, total[k], v) if k in total else v
+      totals.append({k: observer.result(v) for k, v in total.items()})
+    return {k: (totals[0][k], totals[1][k]) for k in ids}
 
 
 def _groups(block) -> list[list[Any]]:
