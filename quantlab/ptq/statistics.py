@@ -266,7 +266,8 @@ def _absmax(site, w) -> np.ndarray:
     w = _largest(w)
   best = np.zeros((int(np.prod(lead)), channels_of(site)), np.float32)
   flat = np.abs(np.asarray(w, np.float32)).reshape(len(best), -1)
-  np.maximum.at(best, (slice(None), meets.reshape(-1)), flat)
+  at: Any = (slice(None), meets.reshape(-1))
+  np.maximum.at(best, at, flat)
   return best.reshape(*lead, -1)
 
 
