@@ -17,7 +17,7 @@ def parse(argv: list[str]) -> list[str]:
   try:
     rest = app.parse_flags_with_usage(argv)
     # A file that cannot be read is told of when the config is first asked.
-    _ = flags.FLAGS.config.to_dict
+    _ = flags.FLAGS.config and flags.FLAGS.config.to_dict
   except (AttributeError, OSError) as error:  # an unknown field, no such file
     sys.exit(f'error: --config: {error}'.replace(r'\n', ' '))
   return rest

@@ -9,23 +9,26 @@ for TensorBoard, checkpoints, report.html. The same command again resumes:
 finished variants are not computed again. `--dry_run` prints every plan with its
 size and memory from shapes alone, and computes nothing.
 
+`--replay=runs/digits/checkpoints/digits_cnn/w8a8` makes that model again from
+what its manifest says, and compares every array.
+
 `--config.models=digits_cnn` restricts the models (given again, it adds one),
 `--config.seed=1` changes the seed; any field of the config is set this way.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import rich
 from absl import app, flags, logging
 from ml_collections import config_flags
-from rich import markup
 
 import quantlab as ql
-from experiments import command_line, variants
+from experiments import command_line, replay, steps, variants
 from quantlab import models, quality, report, runtime
+from quantlab.runtime import files
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -37,7 +40,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_bool(
     'dry_run', False, 'Print plans, compute nothing.', flag_values=values
   )
-  flags.mark_flag_as_required('config', values)
+  flags.DEFINE_string(
+    'replay', None, 'A checkpoint to make again and verify.', flag_values=values
+  )
 
 
 def _check(config: Any) -> list[variants.Variant]:
@@ -53,21 +58,11 @@ def _check(config: Any) -> list[variants.Variant]:
   return variants.resolve(config.variants)
 
 
-def _load(config: Any, name: str, **options: Any) -> models.Workload | None:
-  """A workload, or None with a message where its files are absent."""
-  sizes = {k: config[k] for k in ('calibration', 'evaluation') if config[k] > 0}
-  try:
-    return models.workload(name, seed=config.seed, **sizes, **options)
-  except FileNotFoundError as error:
-    rich.print(f'[yellow]{name} is skipped:[/] {markup.escape(str(error))}')
-    return None
-
-
 def dry_run(config: Any) -> None:
   """Prints the plan and the memory of every variant, from shapes."""
   found = _check(config)
   for name in config.models:
-    work = _load(config, name, shapes_only=True)
+    work = steps.load(config, name, shapes_only=True)
     if work is None:
       continue
     for variant in found:
@@ -134,13 +129,13 @@ def _run_model(
     print(f'{name}: finished before')
     return
   print(f'{name}: {len(todo)} of {len(found)} variants to do')
-  work = _load(config, name)
+  work = steps.load(config, name)
   if work is None:
     return
   _float(folder, name, work)
   key = jax.random.key(config.seed)
   for variant in runtime.track(todo, name):
-    _quantize(folder, name, variant, work, key)
+    _quantize(folder, config, name, variant, work, key)
 
 
 def _float(folder: runtime.Workdir, name: str, work: models.Workload) -> None:
@@ -155,6 +150,7 @@ def _float(folder: runtime.Workdir, name: str, work: models.Workload) -> None:
 
 def _quantize(
   folder: runtime.Workdir,
+  config: Any,
   model_name: str,
   variant: variants.Variant,
   work: models.Workload,
@@ -162,16 +158,9 @@ def _quantize(
 ) -> None:
   """One variant: quantize, measure, save; recorded when all is written."""
   name = f'{model_name}/{variant.name}'
+  walk = folder.path / 'walk' / name  # finished blocks, until all are
   with runtime.timed() as timer:
-    model = ql.ptq(
-      work.apply,
-      work.params,
-      variant.recipe,
-      work.calibration,
-      variant.transform,
-      key=key,
-    )
-    jax.block_until_ready(model.params)
+    model = steps.quantize(work, variant, key, walk)
   found = quality.assess(
     work.apply,
     work.params,
@@ -181,7 +170,11 @@ def _quantize(
     work.metric,
   )
   noise = ql.site_sqnr(work.apply, work.params, model, [work.calibration[0]])
+  made = {'config': config.to_dict(), 'model': model_name}
+  made |= {'variant': variant.name, 'environment': runtime.environment()}
+  model = dataclasses.replace(model, report={**model.report, 'made': made})
   ql.save(folder.path / 'checkpoints' / name, model, overwrite=True)
+  files.remove(walk)
   folder.update_json('plan.json', name, model.plan.to_json())
   rows = report.site_rows(model, noise, work.params)
   folder.update_json('sites.json', name, rows)
@@ -204,6 +197,10 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   config, workdir = values.config, values.workdir
   try:
+    if values.replay:
+      sys.exit(replay.run(values.replay))
+    if config is None:
+      raise app.UsageError('--config is needed: what to run')
     if values.dry_run:
       dry_run(config)
       return

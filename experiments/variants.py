@@ -1,11 +1,13 @@
 """From a config's plain values to recipes and transforms.
 
-A variant is `{'name': ..., 'rules': ((pattern, rule), ...), 'transform': name}`
-(round to nearest without one). A rule is None or a dict of roles, `{'weight':
-{...}, 'input': {...}}`; a quantizer is a dict of its factory's name and
-arguments, `{'format': 'int4', 'group': 64}`, and a range rule likewise,
-`{'rule': 'mse', 'p': 2.4}`. Nothing else is understood:
-what a config can say is what the public factories take.
+A variant is `{'name': ..., 'rules': ((pattern, rule), ...), 'transform': ...}`.
+A rule is None or a dict of roles, `{'weight': {...}, 'input': {...}}`; a
+quantizer is a dict of its factory's name and arguments, `{'format': 'int4',
+'group': 64}`, and a range rule likewise, `{'rule': 'mse', 'p': 2.4}`. A
+transform (without one: round to nearest) is a name, a dict of a name and
+arguments, `{'name': 'smooth', 'alpha': 0.8}`, or a chain of them in a tuple.
+Nothing else is understood: what a config can say is what the public factories
+take.
 """
 
 import dataclasses
@@ -24,7 +26,21 @@ FORMATS = tuple(
   if inspect.isfunction(value) and hasattr(ql, n)
 )
 SCALES = ('absmax', 'absmean', 'absmedian', 'minmax', 'mse', 'percentile')
-TRANSFORMS = {'rtn': ql.rtn, 'gptq': ql.gptq}
+TRANSFORMS: dict[str, Callable] = {
+  f.__name__: f
+  for f in (
+    ql.rtn,
+    ql.gptq,
+    ql.smooth,
+    ql.awq,
+    ql.cross_layer_equalization,
+    ql.outlier_suppression,
+    ql.rotate,
+    ql.bias_correction,
+    ql.batch_norm_reestimation,
+    ql.norm_tweak,
+  )
+}
 FIELDS = ('name', 'rules', 'transform')
 
 
@@ -103,8 +119,16 @@ def recipe(variant: Mapping[str, Any]) -> Any:
 
 def transform(variant: Mapping[str, Any]) -> Any:
   """The transform of a variant; round to nearest unless it says otherwise."""
-  name = variant.get('transform', 'rtn')
-  return TRANSFORMS[check_name('transform', name, tuple(TRANSFORMS))]()
+  spec = variant.get('transform', 'rtn')
+  members = [spec] if isinstance(spec, str | Mapping) else spec
+  return ql.chain(*map(_member, members))
+
+
+def _member(spec: str | Mapping[str, Any]) -> Any:
+  args = {} if isinstance(spec, str) else dict(spec)
+  name = spec if isinstance(spec, str) else args.pop('name', None)
+  factory = TRANSFORMS[check_name('transform', name, tuple(TRANSFORMS))]
+  return _call(factory, args, str(name))
 
 
 def check_name(kind: str, name: Any, known: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """The launcher: what it leaves, refuses and resumes. One tiny run for most."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -303,7 +304,7 @@ def test_usage(monkeypatch, tmp_path, args, message):
 
 
 def test_a_config_is_needed(monkeypatch):
-  with pytest.raises(flags.IllegalFlagValueError, match='config'):
+  with pytest.raises(app.UsageError, match='--config is needed'):
     command(monkeypatch, '--workdir=x')
 
 
@@ -409,3 +410,26 @@ def test_an_interrupted_run_is_whole_and_goes_on(tmp_path):
 def _recorded(run):
   metrics = json.loads((run / 'metrics.json').read_text())
   return {k.split('/')[2] for k in metrics if k.startswith('q/')}
+
+
+def test_replay_makes_the_same_bytes_again(finished, monkeypatch, capsys):
+  folder, _ = finished
+  path = folder / 'checkpoints' / 'digits_cnn' / 'w4'
+  with pytest.raises(SystemExit) as stop:
+    command(monkeypatch, f'--replay={path}')
+  assert stop.value.code == 0
+  assert 'identical' in capsys.readouterr().out
+
+
+def test_replay_finds_what_differs(finished, monkeypatch, capsys, tmp_path):
+  folder, _ = finished
+  name = 'digits_cnn/w4'
+  model = ql.load(folder / 'checkpoints' / name, lambda params, x: x)
+  made = {**model.report['made']}
+  made['config'] = {**made['config'], 'seed': 1}
+  report = {**model.report, 'made': made}
+  ql.save(tmp_path / 'm', dataclasses.replace(model, report=report))
+  with pytest.raises(SystemExit) as stop:
+    command(monkeypatch, f'--replay={tmp_path / "m"}')
+  assert stop.value.code == 1
+  assert 'differences' in capsys.readouterr().out

@@ -69,11 +69,21 @@ def test_rules_become_a_recipe():
 
 
 def test_transforms_by_name():
-  plain, second_order = variants.resolve(
-    [variant(), variant(name='b', transform='gptq')]
+  specs = [
+    'gptq',
+    {'name': 'smooth', 'alpha': 0.8},
+    ({'name': 'rotate'}, 'rtn'),
+  ]
+  found = variants.resolve(
+    [variant()]
+    + [variant(name=str(i), transform=t) for i, t in enumerate(specs)]
   )
-  assert plain.transform.name == ql.rtn().name
-  assert second_order.transform.name == ql.gptq().name
+  assert [[m.name for m in v.transform] for v in found] == [
+    ['rtn'],
+    ['gptq'],
+    ['smooth'],
+    ['rotate', 'rtn'],
+  ]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +111,8 @@ def test_transforms_by_name():
       'exactly one of per, group',
     ),
     (variant(transform='gtpq'), "transform 'gtpq'.*Did you mean 'gptq'"),
+    (variant(transform={'name': 'gptq', 'dump': 1}), "'dump'.*mean 'damp'"),
+    (variant(transform=('gptq', 'smooth')), 'cannot follow gptq'),
     (variant(transfrom='gptq'), "field 'transfrom'.*mean 'transform'"),
     (variant(rules=()), 'no rules'),
   ],
