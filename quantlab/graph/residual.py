@@ -76,7 +76,7 @@ def streams(
 
 
 def of_traced(traced: tracing.Traced) -> tuple[Stream, ...]:
-  """All streams of a traced function; refused ones once for each reason."""
+  """All streams of a traced function, then those refused, by reason."""
   flat = flat_lib.flatten(traced.program, traced.constant_leaf)
   levels = list(regions(flat))
   numbers = {id(level): k for k, level in enumerate(levels)}
@@ -86,6 +86,8 @@ def of_traced(traced: tracing.Traced) -> tuple[Stream, ...]:
     if level.parent is not None
   }
   found: list[Stream] = []
+  refused: list[tuple[Search, Stream]] = []
+  taken: set[tuple[int, int]] = set()
   done: set[tuple[int, int]] = set()
   for k, index, var, label, site in _starts(traced, levels):
     if (k, index) in done or label.size < 2:
@@ -107,8 +109,15 @@ def of_traced(traced: tracing.Traced) -> tuple[Stream, ...]:
         found.append(_Group(traced, levels, search).stream(site))
     except MixedError as error:
       why = str(error)
-    if why is not None and search.sums and why not in {s.why for s in found}:
-      found.append(Stream(site, label.size, why=why))
+    if why is None:
+      taken |= set(search.values)
+    elif search.sums:
+      refused.append((search, Stream(site, label.size, why=why)))
+  # What fails where another stream passes says nothing; one reason is enough.
+  for search, stream in refused:
+    known = {s.why for s in found}
+    if stream.why not in known and not taken & set(search.values):
+      found.append(stream)
   return tuple(found)
 
 
@@ -233,9 +242,7 @@ class _Group:
     for touch in (t for ts in self.search.touches.values() for t in ts):
       level = self.levels[touch.region]
       if not level.plain(touch.atom):
-        raise MixedError(
-          f'{self.search.name(touch)} is changed before it is used'
-        )
+        raise MixedError(f'{self.search.name(touch)} is no parameter as it is')
       try:
         for root, label in level.pull(touch.atom, touch.label).items():
           old, uses = found.get((touch.region, root), (None, []))
@@ -243,7 +250,8 @@ class _Group:
           found[touch.region, root] = (joined, [*uses, touch])
       except BrokenError:
         raise MixedError(
-          f'{self.search.name(touch)} is no parameter, or used in two ways'
+          f'{self.search.name(touch)} is no parameter as it is, or used in two '
+          'ways'
         ) from None
     return found
 

@@ -228,7 +228,7 @@ class Search:
       roots = level.pull(touch.atom, touch.label)
       found = [o for r, x in roots.items() for o in level.origins(r, x, 1)]
     except BrokenError:
-      return 'a value computed from parameters'
+      return 'what is computed from parameters or constants'
     return ', '.join(repr(self.paths[o.number]) for o in found)
 
   def after_gain(self, gains: frozenset[Gain]) -> str:
