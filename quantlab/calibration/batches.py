@@ -80,6 +80,25 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
     raise ValueError(_EMPTY)
 
 
+def same_shapes(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+  """`checked`, where also the first axes must agree.
+
+  Raises:
+    ValueError: names the batch and both shapes.
+  """
+  reference = None
+  for index, args in enumerate(checked(batches)):
+    shapes = [np.shape(x) for x in jax.tree.leaves(args)]
+    reference = reference or shapes
+    if shapes != reference:
+      raise ValueError(
+        f'calibration batch {index} has the shapes {shapes}, the first batch '
+        f'{reference}: block by block the program runs for one shape. Choose a '
+        'batch size that divides the examples, or leave the last batch out'
+      )
+    yield args
+
+
 def _describe(args: tuple[Any, ...]) -> str:
   def one(x):
     x = x if hasattr(x, 'shape') else np.asarray(x)

@@ -38,6 +38,11 @@ class Sizes(NamedTuple):
   shapes_only: bool = False
 
 
+def _even(size: int, total: int) -> int:
+  """The largest batch up to `size` that divides `total`: all have one shape."""
+  return max(n for n in range(1, min(size, total) + 1) if total % n == 0)
+
+
 def _digits(name: str, model, expected: float, sizes: Sizes, seed: int):
   split = data.digits()
   size = sizes.batch_size or 125
@@ -49,7 +54,7 @@ def _digits(name: str, model, expected: float, sizes: Sizes, seed: int):
     else digits.train_digits(model, seed),
     calibration=data.Batches(
       split.train_x,
-      min(size, sizes.calibration or 250),
+      _even(size, sizes.calibration or 250),
       preprocess=digits.preprocess,
       limit=sizes.calibration or 250,
     ),
@@ -101,7 +106,7 @@ def _images(
     params=module.from_flat(data.load_npz(data.require(weights))),
     calibration=data.Batches(
       source(calibrate),
-      min(size, calibration),
+      _even(size, calibration),
       fields=('x',),
       preprocess=module.preprocess,
       shuffle=True,  # the files are ordered by class
@@ -201,7 +206,7 @@ def minilm(sizes: Sizes, seed: int) -> Workload:
     ),
     calibration=data.Batches(
       train,
-      min(size, calibration),
+      _even(size, calibration),
       fields=('ids', 'length'),
       preprocess=_trim,
       shuffle=True,
@@ -239,7 +244,7 @@ def stories(sizes: Sizes, seed: int) -> Workload:
     ),
     calibration=data.Batches(
       source,
-      min(size, calibration),
+      _even(size, calibration),
       fields=('ids', 'lens'),
       preprocess=lambda ids, lens: _next_tokens(ids, lens)[:1],
       shuffle=True,

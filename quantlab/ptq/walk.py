@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from quantlab.calibration.batches import checked
+from quantlab.calibration.batches import checked, same_shapes
 from quantlab.core import QTensor
 from quantlab.core.tree import named_leaves
 from quantlab.graph import blocks as blocks_lib
@@ -114,7 +114,7 @@ class _Walker:
     self.made: Entries = {}
     self.facts: list[dict[str, Any]] = []
     self.floats, self.coded = store.stream(), store.stream()
-    for _ in checked(ctx.batches):
+    for _ in same_shapes(ctx.batches):
       self.floats.append(())
       self.coded.append(())
 
