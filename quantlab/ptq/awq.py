@@ -31,9 +31,9 @@ def awq(grid: int = 20, *, rows: int = 256) -> Transform:
   exponents = np.arange(grid, dtype=np.float32) / grid
 
   def run(ctx: Context) -> Context:
-    chosen = equalize.inputs_with(ctx, 'weight', 'awq')
+    chosen, noted = equalize.inputs_with(ctx, 'weight', 'awq')
     matrices = statistics.weights(ctx, [s for w in chosen for s in w.sites])
-    scales, noted = [], {}
+    scales = []
     for where, (found, sample) in zip(
       chosen, statistics.samples(ctx, chosen, rows), strict=True
     ):
@@ -58,6 +58,7 @@ def _candidates(found: Range, exponents):
   live = x > 0
   r = exponents.reshape(-1, *[1] * x.ndim)
   s = np.maximum(np.where(live, x, 1), 1e-4) ** r
-  low = np.min(np.where(live, s, np.inf), -1, keepdims=True)
-  high = np.max(np.where(live, s, -np.inf), -1, keepdims=True)
-  return equalize.safe(s / np.sqrt(high * low), np.broadcast_to(x, s.shape))
+  low = np.min(s, -1, keepdims=True, where=live, initial=np.inf)
+  high = np.max(s, -1, keepdims=True, where=live, initial=0)
+  # Not the root of the product, which may overflow.
+  return equalize.safe(s / (np.sqrt(high) * np.sqrt(low)), live)

@@ -12,8 +12,13 @@ from quantlab.ptq.inputs import Input
 from quantlab.ptq.transform import Context
 
 
-def inputs_with(ctx: Context, role: str, name: str) -> list[Input]:
+def inputs_with(
+  ctx: Context, role: str, name: str
+) -> tuple[list[Input], dict[str, Any]]:
   """The inputs that can be scaled and of which a site quantizes `role`.
+
+  Returns:
+    They, and facts on those that cannot be scaled.
 
   Raises:
     ValueError: there is none; says what the member `name` looked for.
@@ -37,7 +42,8 @@ def inputs_with(ctx: Context, role: str, name: str) -> list[Input]:
         else f'None of the sites {list(ctx.plan.sites)} is one'
       )
     )
-  return able
+  left = {w.name: {'left': w.why} for w in wanted if w not in able}
+  return able, left
 
 
 def scaled(ctx: Context, chosen: Sequence[tuple[Input, np.ndarray]]) -> Context:

@@ -77,7 +77,9 @@ def inputs(ctx: Context) -> tuple[Input, ...]:
       continue
     mine = [p for p in found if site.id in p.sites and whole(site, params)]
     if not mine:
-      key = together.get(site.id, site.id)
+      # At run time every site has its own: one that cannot stands apart.
+      refused = _refusal(plan, site, params) is not None
+      key = together.get(site.id, site.id), refused
       groups.setdefault(key, (None, []))[1].append(site)
     for pair in mine:
       groups.setdefault(id(pair), (pair, []))[1].append(site)
@@ -87,10 +89,9 @@ def inputs(ctx: Context) -> tuple[Input, ...]:
 
 
 def _input(plan, params, sites: tuple[Site, ...], pair) -> Input:
-  first = sites[0]
   why = next(filter(None, (_refusal(plan, s, params) for s in sites)), None)
   if pair is None:
-    c = channels_of(first)
+    first, c = sites[0], channels_of(sites[0])
     own = {s.id: np.broadcast_to(np.arange(c), (*s.loops, c)) for s in sites}
     return Input(sites, None, c, first.loops, own, why)
   at = {s.id: places(s, pair, params) for s in sites}

@@ -35,10 +35,9 @@ def outlier_suppression(
     raise ValueError(f'grid is at least 2, rows 1, got {grid=}, {rows=}')
 
   def run(ctx: Context) -> Context:
-    chosen = equalize.inputs_with(ctx, 'input', 'outlier_suppression')
+    chosen, noted = equalize.inputs_with(ctx, 'input', 'outlier_suppression')
     matrices = statistics.weights(ctx, [s for w in chosen for s in w.sites])
     found = statistics.samples(ctx, chosen, rows)
-    noted = {}
     for where, (bounds, sample) in zip(chosen, found, strict=True):
       centre = (bounds.hi + bounds.lo) / 2
       zero = np.zeros_like(centre)
@@ -76,5 +75,6 @@ def _candidates(bounds, z, grid):
   low = np.maximum(low, 1e-3 * high)
   steps = np.linspace(0, 1, grid).reshape(-1, *[1] * x.ndim)
   # Of equal ratios: most of what there is to choose lies far below the largest.
-  threshold = high * (low / high) ** steps
+  threshold = high * (low / np.where(high > 0, high, 1)) ** steps
+  threshold = np.where(threshold > 0, threshold, 1)  # an input of zeros
   return equalize.safe(np.maximum(1, x / threshold))

@@ -28,7 +28,7 @@ def smooth(alpha: float = 0.5) -> Transform:
     raise ValueError(f'alpha lies between 0 and 1, got {alpha}')
 
   def run(ctx: Context) -> Context:
-    chosen = equalize.inputs_with(ctx, 'input', 'smooth')
+    chosen, noted = equalize.inputs_with(ctx, 'input', 'smooth')
     matrices = statistics.weights(ctx, [s for w in chosen for s in w.sites])
     scales = []
     for where, found in zip(
@@ -38,7 +38,7 @@ def smooth(alpha: float = 0.5) -> Transform:
       with np.errstate(divide='ignore'):  # channels of zeros
         s = equalize.safe(x**alpha / w ** (1 - alpha), x, w)
       scales.append((where, s))
-    noted = {where.name: equalize.facts(where, s) for where, s in scales}
+    noted |= {where.name: equalize.facts(where, s) for where, s in scales}
     return equalize.scaled(ctx, scales).noted(smooth=noted)
 
   return Transform('smooth', 'prepare', run)
