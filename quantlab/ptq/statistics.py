@@ -219,7 +219,8 @@ def gather(
     value, place = values[site.id], where.places[site.id]
     extra = value.ndim - place.ndim  # experts read one input
     axes = tuple(range(len(where.loops), len(where.loops) + extra))
-    reduce.at(out, (*rows, place), reduce.reduce(value, axes))
+    with np.errstate(invalid='ignore'):  # NaN is passed on
+      reduce.at(out, (*rows, place), reduce.reduce(value, axes))
   return out[..., :-1]
 
 
