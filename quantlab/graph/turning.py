@@ -106,6 +106,8 @@ class Step:
     return self.search.constant(self.k, self.op.ins[k], label)
 
   def _operand(self, k: int, value: Value) -> None:
+    if value.product and self.ins[k] is None:
+      raise MixedError('something else is added to its square')
     self.search.demand(self.k, self.op.ins[k], value)
 
   def _result(self, value: Value, k: int = 0) -> None:

@@ -306,6 +306,16 @@ def test_a_stream_from_an_input():
   refused(program._replace(args=(x,)), 'input of the function')
 
 
+def test_a_square_that_something_is_added_to():
+  def finish(p, x):
+    other = (
+      jax.nn.one_hot(jnp.arange(5), VOCAB) * x.sum((1, 2))[0] @ p['embed2']
+    )
+    return (x * x + other).sum(-1, keepdims=True) * x @ p['head']
+
+  refused(small(finish=finish, embed2=(VOCAB, DIM)), 'square')
+
+
 def test_a_norm_over_parts():
   def finish(p, x):
     y = normed(x.reshape(*x.shape[:-1], 2, -1)).reshape(x.shape)
