@@ -74,6 +74,17 @@ def _output(site, rule, out, state):
   )
 
 
+def as_seen(plan: Plan, site: Site, x: Any, state: Mapping[str, Any]) -> Any:
+  """The input of a site as its weight meets it: simulated, if quantized."""
+  rule = plan.sites[site.id].rule
+  if rule is None or rule.input is None:
+    return x
+  given = _need(site, 'input', rule.input, state)
+  return ops.fake_quantize_activation(
+    x, rule.input, site.dims, 'input', given, state.get('input', {}).get('bits')
+  )
+
+
 def computing(site, lhs, rhs, default, state):
   """The float product, with what is folded into it."""
   return _shifted(site, default(lhs, rhs), state), None

@@ -19,7 +19,7 @@ A4 = {
   'per': 'tensor',
   'static': True,
   'symmetric': False,
-  'scale': MSE,
+  'scale': {'rule': 'mse'},
 }
 A4_TOKEN = {'format': 'int4', 'per': 'token', 'symmetric': False}
 
@@ -43,6 +43,11 @@ def cnn(model: str):
         'name': f'{name}_gptq',
         'rules': rules(w4_mse, given),
         'transform': 'gptq',
+      },
+      {
+        'name': f'{name}_gptq_bias',
+        'rules': rules(w4_mse, given),
+        'transform': ('gptq', 'bias_correction'),
       },
     ]
   return (model,), 512, variants

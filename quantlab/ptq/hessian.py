@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from quantlab import handlers
 from quantlab.ops import ConvDims, DotDims, RaggedDims
 from quantlab.plan import Plan
 
@@ -16,12 +17,15 @@ from quantlab.plan import Plan
 class InputMoments:
   """Observer: sum of x x^T over rows, and their number, of every weight.
 
+  x is what the weight meets: quantized, where the site quantizes its input.
+
   Shapes are those that `second_order` takes for the stored matrix: batch axes
   of the weight (experts) in front; for a grouped convolution one matrix a
   group.
   """
 
   def __init__(self, plan: Plan):
+    self.plan = plan
     self.chosen = {
       k
       for k, s in plan.quantized.items()
@@ -38,7 +42,8 @@ class InputMoments:
     }
 
   def update(self, site, stat, lhs, rhs, out, state):
-    x = input_rows(site, lhs if site.side == 'rhs' else rhs)
+    x = lhs if site.side == 'rhs' else rhs
+    x = input_rows(site, handlers.as_seen(self.plan, site, x, state))
     moments = jnp.einsum(
       '...mi,...mj->...ij', x, x, precision=lax.Precision.HIGHEST
     )
