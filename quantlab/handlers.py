@@ -74,7 +74,7 @@ def _output(site, rule, out, state):
   )
 
 
-def as_seen(plan: Plan, site: Site, x: Any, state: Mapping[str, Any]) -> Any:
+def as_seen(plan: Plan, site: Any, x: Any, state: Mapping[str, Any]) -> Any:
   """The input of a site as its weight meets it: simulated, if quantized."""
   rule = plan.sites[site.id].rule
   if rule is None or rule.input is None:
