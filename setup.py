@@ -28,7 +28,7 @@ EXTRAS = {
   'gpu': ['jax[cuda13]', 'jax-triton>=0.3.1'],
   'search': ['optuna>=5'],
   'interop': ['safetensors>=0.6'],
-  'bench': ['qwix>=0.1.8'],
+  'bench': ['qwix>=0.1.8', 'torch>=2.5'],
   'test': [
     'beartype',
     'dm-haiku>=0.0.17',

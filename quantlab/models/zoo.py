@@ -176,10 +176,19 @@ WIDTHS = (24, 56, 72)
 def _trim(ids: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Ids (b, 2, t) and the mask of real tokens, cut to the least width."""
   longest = int(length.max())
-  t = min((w for w in WIDTHS if w >= longest), default=ids.shape[-1])
+  return _cut(ids, length, min(w for w in WIDTHS if w >= longest))
+
+
+def _whole(
+  ids: np.ndarray, length: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The same in one width for all batches."""
+  return _cut(ids, length, WIDTHS[-1])
+
+
+def _cut(ids, length, t: int) -> tuple[np.ndarray, np.ndarray]:
   ids = ids[..., :t].astype(np.int32)
-  if ids.shape[-1] < t:
-    ids = np.pad(ids, ((0, 0), (0, 0), (0, t - ids.shape[-1])))
+  ids = np.pad(ids, ((0, 0), (0, 0), (0, t - ids.shape[-1])))
   return ids, np.arange(t) < length[..., None]
 
 
@@ -208,7 +217,7 @@ def minilm(sizes: Sizes, seed: int) -> Workload:
       train,
       _even(size, calibration),
       fields=('ids', 'length'),
-      preprocess=_trim,
+      preprocess=_whole,
       shuffle=True,
       seed=seed,
       limit=calibration,
