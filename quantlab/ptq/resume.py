@@ -3,7 +3,11 @@
 A folder `blocks` holds one checkpoint for each block that is done, with what
 the block's weights became; `walk.json` says of which run. On resume both
 streams pass through the finished blocks again, by the same compiled functions,
-so that the rest comes out bit for bit as without the interruption.
+so that the rest comes out bit for bit as without the interruption. For that
+codes also lie on the same devices again as they did.
+
+Several processes (`jax.distributed`) share the folder: the first one writes it
+and decides what is done.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from quantlab.core import QTensor
 from quantlab.plan import Plan
@@ -37,6 +43,12 @@ def fingerprints(ctx: Context, members: tuple[Member, ...]) -> dict[str, Any]:
   found = manifest.environment()
   return {
     'params': manifest.fingerprint_arrays(ctx.params),
+    'placement': files.fingerprint(
+      [
+        [_placement(x) for x in jax.tree.leaves(tree)]
+        for tree in (ctx.params, next(iter(ctx.batches)))
+      ]
+    ),
     'state': manifest.fingerprint_arrays(ctx.state),
     'recipe': files.fingerprint(ctx.plan.to_json()),
     'calibration': files.fingerprint(
@@ -59,13 +71,22 @@ class Checkpoints:
   Args:
     folder: where they are kept.
     fingerprint: of the run, see `fingerprints`.
+    inputs: arrays of the run; what is read lies on their meshes again.
 
   Raises:
     ResumeError: the folder is another run's; every difference is named.
   """
 
-  def __init__(self, folder: epath.PathLike, fingerprint: Mapping[str, Any]):
+  def __init__(
+    self,
+    folder: epath.PathLike,
+    fingerprint: Mapping[str, Any],
+    inputs: Any = (),
+  ):
     self.folder = epath.Path(folder)
+    self._meshes = [
+      x.sharding.mesh for x in jax.tree.leaves(inputs) if _placement(x)
+    ]
     path = self.folder / 'walk.json'
     mine = files.to_jsonable(fingerprint)
     if path.exists():
@@ -82,9 +103,12 @@ class Checkpoints:
   def read(self, index: int, plan: Plan) -> tuple[Entries, dict] | None:
     """What was kept of a block, with its facts; None if it is not done."""
     path = self._path(index)
-    if not path.exists():
+    if not _agreed(path.exists()):
       return None
-    arrays, about = checkpoint.load_arrays(path)
+    placed = checkpoint.read_manifest(path)['metadata'].get('placed', {})
+    arrays, about = checkpoint.load_arrays(
+      path, sharding=lambda name, _: self._sharding(placed.get(name))
+    )
     parts: dict[Any, dict[str, Any]] = {}
     for number, entry in enumerate(about['entries']):
       kind, name, layer = entry['kind'], entry['name'], tuple(entry['layer'])
@@ -109,11 +133,47 @@ class Checkpoints:
           'children': list(children),
         }
       )
-    about = {'entries': described, 'facts': facts}
+    placed = {k: where for k, x in arrays.items() if (where := _placement(x))}
+    about = {'entries': described, 'facts': facts, 'placed': placed}
     checkpoint.save_arrays(self._path(index), arrays, about, overwrite=True)
+
+  def _sharding(self, placement: Mapping[str, Any] | None):
+    """Where an array lay, by its `_placement`."""
+    if placement is None:
+      return None
+    for mesh in self._meshes:
+      if [[k, n] for k, n in mesh.shape.items()] == placement['mesh']:
+        parts = [
+          tuple(p) if isinstance(p, list) else p for p in placement['spec']
+        ]
+        spec = jax.sharding.PartitionSpec(*parts)
+        return jax.sharding.NamedSharding(mesh, spec)
+    raise ResumeError(
+      f'{os.fspath(self.folder)!r} was made on a mesh {placement["mesh"]} that '
+      'no parameter and no batch lies on: put the batches on it, or remove '
+      'this workdir to start anew.'
+    )
 
   def _path(self, index: int) -> epath.Path:
     return self.folder / 'blocks' / f'{index:05d}'
+
+
+def _placement(x: Any) -> dict[str, Any] | None:
+  """Mesh and spec of an array that lies on a mesh, JSON-able."""
+  sharding = getattr(x, 'sharding', None)
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return None
+  return {
+    'mesh': [[k, n] for k, n in sharding.mesh.shape.items()],
+    'spec': [list(p) if isinstance(p, tuple) else p for p in sharding.spec],
+  }
+
+
+def _agreed(here: bool) -> bool:
+  """What the first process finds: all must go the same way."""
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(here)))
 
 
 def _children(value: Any) -> dict[str, Any]:

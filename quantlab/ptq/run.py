@@ -67,6 +67,10 @@ def ptq(
     memory: bytes of activations that stay in memory during the walk; beyond
       it they lie in `workdir`, or without one in a temporary folder.
 
+  With several processes (`jax.distributed`) every one makes the same call;
+  batches are global arrays over them, parameters global or the same in all,
+  `workdir` a folder that all see.
+
   Returns:
     The quantized model; `model.apply(model.params, *batch)` runs it.
 
@@ -117,13 +121,16 @@ def _walk(context, encoder, tuners, members, workdir, memory) -> walk.Encoded:
       store = Store(folder, memory)
       return walk.encode_blocks(context, encoder, tuners, store)
   folder = epath.Path(workdir)
-  kept = Checkpoints(folder, fingerprints(context, members))
-  files.remove(folder / 'streams')  # of a walk that was killed
-  store = Store(folder / 'streams', memory)
+  inputs = context.params, next(iter(context.batches))
+  kept = Checkpoints(folder, fingerprints(context, members), inputs)
+  # A folder for each process: what it spills is its own.
+  streams = folder / f'streams{jax.process_index() or ""}'
+  files.remove(streams)  # of a walk that was killed
+  store = Store(streams, memory)
   try:
     return walk.encode_blocks(context, encoder, tuners, store, kept)
   finally:
-    files.remove(folder / 'streams')
+    files.remove(streams)
 
 
 def _merged(*states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

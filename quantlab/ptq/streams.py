@@ -101,7 +101,9 @@ class _Spilled:
 
   def __init__(self, path: epath.Path, x: Any):
     self.path, self.shape, self.dtype = path, x.shape, x.dtype
-    self.sharding = getattr(x, 'sharding', None)
+    # An uncommitted array must not come back bound to the default device.
+    bound = getattr(x, 'committed', False)
+    self.sharding = x.sharding if bound else None
 
   @classmethod
   def write(cls, path: epath.Path, x: Any) -> _Spilled:

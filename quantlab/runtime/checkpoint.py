@@ -239,17 +239,25 @@ def _describe(x: Any) -> dict[str, Any]:
     'stored': 'uint8' if x.dtype.name in _SUB_BYTE else x.dtype.name,
     'nbytes': x.size * x.dtype.itemsize,
   }
-  if getattr(x, 'is_fully_addressable', True):
+  if _is_here(x):
     described['sha256'] = hashlib.sha256(
       np.ascontiguousarray(x).tobytes()
     ).hexdigest()
   return described
 
 
+def _is_here(x: Any) -> bool:
+  """Whether this process holds all of an array."""
+  return getattr(x, 'is_fully_addressable', True)
+
+
 def _to_stored(x: Any) -> Any:
-  if x.dtype.name not in _SUB_BYTE:
-    return x
-  return np.asarray(x).view(np.uint8)
+  if x.dtype.name in _SUB_BYTE:
+    return np.asarray(x).view(np.uint8)
+  # Of several processes the first writes what each has a copy of: orbax takes
+  # a NumPy array for that, and refuses a JAX array of one process.
+  several = jax.process_count() > 1
+  return np.asarray(x) if several and _is_here(x) else x
 
 
 def _from_stored(x: Any, dtype: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from quantlab.runtime import files
 
@@ -64,14 +65,25 @@ def fingerprint(value: Any) -> str:
 
 
 def fingerprint_arrays(tree: Any) -> str:
-  """The same for a pytree of arrays: paths, shapes, dtypes and contents."""
+  """The same for a pytree of arrays: paths, shapes, dtypes and contents.
+
+  Every process must call it when arrays are spread over several.
+  """
   digest = hashlib.sha256()
   for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    x = np.asarray(x)
+    x = _whole(x)
     head = f'{jax.tree_util.keystr(path)} {x.dtype.name} {x.shape};'
     digest.update(head.encode())
     digest.update(np.ascontiguousarray(x).tobytes())
   return digest.hexdigest()[:16]
+
+
+def _whole(x: Any) -> np.ndarray:
+  """All of an array, also of one that other processes hold parts of."""
+  here = getattr(x, 'is_fully_addressable', True)
+  if here or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
