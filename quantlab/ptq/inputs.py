@@ -63,10 +63,18 @@ def inputs(ctx: Context) -> tuple[Input, ...]:
   """The inputs of all quantized sites that have a weight, in program order.
 
   A site that reads the channels of several pairs side by side is in the input
-  of each of them.
+  of each of them. What is rotated at run time stays as it is: there is no place
+  for another scale between the pair and the rotation.
   """
   plan, params = ctx.plan, dict(named_leaves(ctx.params))
-  found = [p for p in pairs.of_traced(ctx.traced) if 'scale' in p.allows]
+  turned = frozenset(
+    k for k, s in ctx.state.items() if 'rotation' in s.get('transform', {})
+  )
+  found = [
+    p
+    for p in pairs.of_traced(ctx.traced)
+    if 'scale' in p.allows and not turned & set(p.sites)
+  ]
   together = {
     site: ids for ids in pairs.shared_of_traced(ctx.traced) for site in ids
   }
@@ -78,18 +86,20 @@ def inputs(ctx: Context) -> tuple[Input, ...]:
     mine = [p for p in found if site.id in p.sites and whole(site, params)]
     if not mine:
       # At run time every site has its own: one that cannot stands apart.
-      refused = _refusal(plan, site, params) is not None
+      refused = _refusal(plan, site, params, turned) is not None
       key = together.get(site.id, site.id), refused
       groups.setdefault(key, (None, []))[1].append(site)
     for pair in mine:
       groups.setdefault(id(pair), (pair, []))[1].append(site)
   return tuple(
-    _input(plan, params, tuple(sites), pair) for pair, sites in groups.values()
+    _input(plan, params, tuple(sites), pair, turned)
+    for pair, sites in groups.values()
   )
 
 
-def _input(plan, params, sites: tuple[Site, ...], pair) -> Input:
-  why = next(filter(None, (_refusal(plan, s, params) for s in sites)), None)
+def _input(plan, params, sites: tuple[Site, ...], pair, turned) -> Input:
+  refused = (_refusal(plan, s, params, turned) for s in sites)
+  why = next(filter(None, refused), None)
   if pair is None:
     first, c = sites[0], channels_of(sites[0])
     own = {s.id: np.broadcast_to(np.arange(c), (*s.loops, c)) for s in sites}
@@ -98,8 +108,12 @@ def _input(plan, params, sites: tuple[Site, ...], pair) -> Input:
   return Input(sites, pair, pair.channels, pair.loops, at, why)
 
 
-def _refusal(plan: Plan, site: Site, params: Mapping[str, Any]) -> str | None:
+def _refusal(
+  plan: Plan, site: Site, params: Mapping[str, Any], turned: frozenset[str]
+) -> str | None:
   """Why the weight of a site cannot take the inverse of a transform."""
+  if site.id in turned:
+    return f'the input of {site.id!r} is rotated at run time already'
   if site.derivation != 'leaf' or len(site.paths) != 1:
     return f'the weight of {site.id!r} is computed from several parameters'
   if site.weight_loops != site.loops:

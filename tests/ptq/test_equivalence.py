@@ -109,5 +109,7 @@ def test_what_is_rotated_is_not_scaled():
   where = inputs.inputs(ctx)[0]
   signs = np.ones(16, np.float32)
   turned = inputs.rotate_input(ctx, where, signs, (np.eye(4),))
+  found = ql.smooth().run(turned).report['smooth']
+  assert 'rotated at run time already' in found[where.name]['left']
   with pytest.raises(ValueError, match='before rotations'):
-    ql.smooth().run(turned)
+    inputs.scale_input(turned, where, np.ones(where.shape))
