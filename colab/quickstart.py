@@ -168,7 +168,7 @@ ax.barh(rows + 0.2, [compensated[k] for k in nearest], 0.4, label='GPTQ')
 ax.set_yticks(rows, list(nearest))
 ax.invert_yaxis()
 ax.set_xlabel('SQNR of the output (dB)')
-ax.legend()
+fig.legend(loc='outside upper center', ncols=2)
 plt.show()
 
 # %% [markdown]
