@@ -74,6 +74,8 @@ class Stream:
 
   def _kept(self, arrays: Arrays) -> list[Any]:
     store = self._store
+    # Else all batches would be under way at once, with all they need.
+    jax.block_until_ready(arrays)
     kept = []
     for x in arrays:
       # An array spread over processes cannot be written by one of them.

@@ -173,6 +173,7 @@ class _Walker:
     for i, context in self._contexts(local.block):
       for k, v in observed(self.coded[i], context).items():
         total[k] = observer.merge(None, total[k], v) if k in total else v
+      jax.block_until_ready(total)  # one batch at a time, as in a stream
     return total
 
   def _tune(self, local: Local, depth: float) -> dict[str, Any]:
@@ -252,6 +253,7 @@ class _BlockTuning:
       for i, context in walker._contexts(local.block):
         for k, v in observed(stream[i], context).items():
           total[k] = observer.merge(None, total[k], v) if k in total else v
+        jax.block_until_ready(total)
       totals.append({k: observer.result(v) for k, v in total.items()})
     return {k: (totals[0][k], totals[1][k]) for k in ids}
 

@@ -231,3 +231,23 @@ def test_a_store_keeps_to_its_limit(tmp_path):
   stream.clear()
   assert not os.listdir(tmp_path)
   assert store.held == 0
+
+
+def test_the_walk_holds_both_streams_and_little_more(monkeypatch):
+  """Live arrays: weights and 2.5 streams, whatever the calibration size."""
+  apply, params, _ = setup()
+  batches = list(jax.random.normal(jax.random.key(3), (24, 256, 16)))
+  stream = 24 * 256 * 16 * 4
+  before = sum(x.nbytes for x in jax.live_arrays())
+  seen = []
+  real = streams.Stream.__setitem__
+
+  def watching(self, index, arrays):
+    seen.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+    real(self, index, arrays)
+
+  monkeypatch.setattr(streams.Stream, '__setitem__', watching)
+  ql.ptq(apply, params, RECIPE, batches, ql.gptq())
+  assert len(seen) == 3 * 2 * 24  # blocks, streams, batches
+  assert max(seen) < ql.nbytes(params) + 2.5 * stream
+  assert max(seen) > 1.9 * stream
