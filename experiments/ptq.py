@@ -4,10 +4,11 @@ r"""Post-training quantization of named models in named variants.
 
 Evaluates each model in float, quantizes it in every variant of the config,
 measures quality and distance from float, and prints one table. The workdir
-gets config.json, plan.json, sites.json, metrics.json, manifest.json, events
-for TensorBoard, checkpoints, report.html. The same command again resumes:
-finished variants are not computed again. `--dry_run` prints every plan with its
-size and memory from shapes alone, and computes nothing.
+gets config.json, plan.json, sites.json, blocks.json, metrics.json,
+manifest.json, events for TensorBoard, checkpoints, report.html. The same
+command again resumes: finished variants are not computed again. `--dry_run`
+prints every plan with its size and memory from shapes alone, and computes
+nothing.
 
 `--replay=runs/digits/checkpoints/digits_cnn/w8a8` makes that model again from
 what its manifest says, and compares every array.
@@ -86,11 +87,15 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     names = [v.name for v in found]
     metrics = _ordered(folder.metrics.values, config.models, names)
     report.show(metrics)
-    sites = _ordered(folder.read_json('sites.json', {}), config.models, names)
+    sites, walks = (
+      _ordered(folder.read_json(file, {}), config.models, names)
+      for file in ('sites.json', 'blocks.json')
+    )
     page = report.render(
       metrics,
       report.by_variant(sites),
       folder.read_json('manifest.json', {}),
+      walks_of=report.by_variant(walks),
     )
     folder.write_text('report.html', page)
     return metrics
@@ -160,7 +165,7 @@ def _quantize(
   name = f'{model_name}/{variant.name}'
   walk = folder.path / 'walk' / name  # finished blocks, until all are
   with runtime.timed() as timer:
-    model = steps.quantize(work, variant, key, walk)
+    model, prepared, left = steps.quantize_watched(work, variant, key, walk)
   found = quality.assess(
     work.apply,
     work.params,
@@ -169,15 +174,18 @@ def _quantize(
     work.evaluation,
     work.metric,
   )
-  noise = ql.site_sqnr(work.apply, work.params, model, [work.calibration[0]])
   made = {'config': config.to_dict(), 'model': model_name}
   made |= {'variant': variant.name, 'environment': runtime.environment()}
   model = dataclasses.replace(model, report={**model.report, 'made': made})
   ql.save(folder.path / 'checkpoints' / name, model, overwrite=True)
   files.remove(walk)
   folder.update_json('plan.json', name, model.plan.to_json())
-  rows = report.site_rows(model, noise, work.params)
-  folder.update_json('sites.json', name, rows)
+  folder.update_json('sites.json', name, _rows(work, model, left))
+  folder.update_json('blocks.json', name, report.walk(model, prepared))
+  folder.metrics.curve(
+    f'q/{name}/block_error',
+    [b['relative_error'] for b in model.report.get('blocks', ())],
+  )
   folder.metrics.record(
     f'q/{name}',
     quality.flat(found['quality'])
@@ -189,6 +197,20 @@ def _quantize(
       'peak_bytes': runtime.peak_bytes(),
     },
   )
+
+
+def _rows(work: models.Workload, model: ql.Quantized, prepared: Any) -> Any:
+  """What the page says of each site, most of the worst ones."""
+  batch = work.calibration[0]
+  floats = work.params if prepared is None else prepared
+  noise = ql.site_sqnr(work.apply, floats, model, [batch])
+  encoded = work.params if prepared is None else prepared['weights']
+  rows = report.site_rows(model, noise, encoded)
+  names = report.chosen(rows)
+  found = report.look(
+    work.apply, work.params, model, batch, noise, names, prepared
+  )
+  return [row | found.get(row['site'], {}) for row in rows]
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

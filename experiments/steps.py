@@ -1,5 +1,7 @@
 """What launchers do with one model: load it, quantize it."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ from rich import markup
 import quantlab as ql
 from experiments import variants
 from quantlab import models
+from quantlab.ptq.transform import Transform
 
 
 def load(config: Any, name: str, **options: Any) -> models.Workload | None:
@@ -25,13 +28,47 @@ def quantize(
   work: models.Workload, variant: variants.Variant, key: jax.Array, walk: Any
 ) -> Any:
   """The quantized model, finished on the device."""
+  return quantize_watched(work, variant, key, walk)[0]
+
+
+def quantize_watched(
+  work: models.Workload, variant: variants.Variant, key: jax.Array, walk: Any
+) -> tuple[Any, list[str], Any]:
+  """The quantized model, and the float model as its chain prepared it.
+
+  Returns:
+    The model, finished on the device; the names of the members that prepare;
+    the variables they left, or None where there is no such member.
+  """
+  members = list(variant.transform)
+  seen: dict[str, Any] = {}
+  prepare = [i for i, m in enumerate(members) if m.phase == 'prepare']
+  if prepare:
+    last = members[prepare[-1]]
+    # Under its own name: what is fingerprinted and reported stays the same.
+    members[prepare[-1]] = dataclasses.replace(last, run=_keeping(last, seen))
   model = ql.ptq(
     work.apply,
     work.params,
     variant.recipe,
     work.calibration,
-    variant.transform,
+    members,
     key=key,
     workdir=walk,
   )
-  return jax.block_until_ready(model)
+  names = [members[i].name for i in prepare]
+  return jax.block_until_ready(model), names, seen.get('variables')
+
+
+def _keeping(member: Transform, seen: dict[str, Any]) -> Callable[..., Any]:
+  """What a member does, the model it leaves also kept in `seen`."""
+
+  def run(context):
+    context = member.run(context)
+    seen['variables'] = {
+      'weights': context.params,
+      'sites': dict(context.state),
+    }
+    return context
+
+  return run

@@ -53,7 +53,9 @@ def site_sqnr(
   """SQNR in dB of the products and the weights of each quantized site.
 
   Args:
-    apply, params: the float model.
+    apply, params: the float model; for a model that transforms changed before
+      it was encoded, the variables they left: what a site computes may have
+      changed with them, the function has not.
     model: its quantized self.
     batches: re-iterable; one batch is often enough. All products of both
       programs on a batch are held at once.
@@ -71,7 +73,8 @@ def site_sqnr(
 
   @jax.jit
   def powers(params, variables, args):
-    traced, _, _ = tracer(params, args, {})
+    weights = params['weights'] if rewrites.is_variables(params) else params
+    traced, _, _ = tracer(weights, args, {})
     sites = {s.id: s for s in traced.analysis.sites}
     _, float_stats = plain(params, *args)
     _, quant_stats = coded(variables, *args)

@@ -7,7 +7,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantlab.report import pictures, sites, tables
+from quantlab.report import causes, pictures, sites, tables
+
+Walk = Mapping[str, Any]
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5b6470;
@@ -28,13 +30,14 @@ th, td { padding: .28rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; }
 th.name, td.name { text-align: left; }
+td.wide { white-space: normal; min-width: 24rem; }
 tr.float td { background: var(--wash); font-weight: 600; }
 td.best { color: var(--mark); font-weight: 600; }
 td code, li code { font-size: .84rem; }
 figure { margin: .8rem 0; }
 img { max-width: 100%; height: auto; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-.pair figure { flex: 1 1 24rem; min-width: 0; }
+.pair figure { min-width: 0; }
 details { border: 1px solid var(--line); border-radius: 6px;
   margin: .5rem 0; padding: 0 .9rem; }
 summary { cursor: pointer; padding: .5rem 0; font-weight: 600; }
@@ -77,7 +80,11 @@ $variants
 
 _VARIANT = string.Template("""<details>
 <summary>$variant<span>$summary</span></summary>
+<p class="note">$walk</p>
 <div class="pair">$figures</div>
+<h3>Bad sites</h3>
+<div class="scroll">$bad</div>
+<h3>All quantized sites</h3>
 <div class="scroll">$table</div>
 <h3>Left in float</h3>
 $coverage
@@ -90,6 +97,7 @@ def render(
   sites_of: Mapping[str, Mapping[str, list[sites.SiteRow]]],
   manifest: Mapping[str, Any],
   title: str = 'Quantization report',
+  walks_of: Mapping[str, Mapping[str, Walk]] | None = None,
 ) -> str:
   """The page of a run.
 
@@ -98,6 +106,7 @@ def render(
     sites_of: model -> variant -> its sites.
     manifest: what the run was made with, see `runtime.manifest`.
     title: the page's heading.
+    walks_of: model -> variant -> what its chain did, see `model_rows.walk`.
 
   Returns:
     HTML with every picture inside. The same input gives the same text.
@@ -110,7 +119,12 @@ def render(
     subtitle=_text(_subtitle(models, rows, manifest)),
     results=_results(rows),
     models='\n'.join(
-      _model(m, [r for r in rows if r['model'] == m], sites_of.get(m, {}))
+      _model(
+        m,
+        [r for r in rows if r['model'] == m],
+        sites_of.get(m, {}),
+        (walks_of or {}).get(m, {}),
+      )
       for m in models
     ),
     manifest=_definitions(manifest),
@@ -174,6 +188,7 @@ def _model(
   model: str,
   rows: Sequence[tables.Row],
   variants: Mapping[str, list[sites.SiteRow]],
+  walks: Mapping[str, Walk],
 ) -> str:
   overview = [
     _figure(png, caption) for png, caption in pictures.overview(rows, variants)
@@ -183,13 +198,15 @@ def _model(
     model=_text(model),
     overview=''.join(overview),
     variants='\n'.join(
-      _variant(name, by_variant.get(name, {}), table)
+      _variant(name, by_variant.get(name, {}), table, walks.get(name, {}))
       for name, table in variants.items()
     ),
   )
 
 
-def _variant(name: str, row: tables.Row, table: list[sites.SiteRow]) -> str:
+def _variant(
+  name: str, row: tables.Row, table: list[sites.SiteRow], walk: Walk
+) -> str:
   coded = sites.quantized(table)
   parts = [f'{len(coded)} of {len(table)} sites quantized']
   parts += [
@@ -198,9 +215,54 @@ def _variant(name: str, row: tables.Row, table: list[sites.SiteRow]) -> str:
   return _VARIANT.substitute(
     variant=_text(name),
     summary=_text(' · '.join(parts)),
-    figures=''.join(_figure(p, c) for p, c in pictures.details(coded)),
+    walk=_text(_told(walk)),
+    figures=''.join(_figure(p, c) for p, c in pictures.details(coded, walk)),
+    bad=_bad(coded, walk.get('transform', ())),
     table=_sites(coded),
     coverage=_coverage(sites.unquantized(table)),
+  )
+
+
+def _told(walk: Walk) -> str:
+  """The chain in a sentence, and why there are no errors by block."""
+  if not walk:
+    return ''
+  told = f'Made by {", then ".join(walk["transform"])}.'
+  if not walk['blocks']:
+    told += (
+      ' All weights were encoded at once, without a walk through the blocks:'
+      ' there are no errors by block.'
+    )
+  return told
+
+
+def _bad(table: list[sites.SiteRow], used: Sequence[str]) -> str:
+  """The sites to worry about, each with a likely cause and a remedy."""
+  rule = (
+    f'more than {causes.BELOW_MEDIAN:g} dB under the median, or one of the '
+    f'{causes.WORST} worst and under {causes.POOR:g} dB'
+  )
+  found = causes.bad(table)
+  if not found:
+    return f'<p class="note">None: no site is {rule}.</p>'
+  head = _head([('site', True), ('SQNR', False), ('likely cause', True)])
+  body = []
+  for r in found:
+    seen = r.get('statistics')
+    cause = str(causes.diagnose(seen, used)) if seen else 'not looked at.'
+    if seen and seen.get('layer'):
+      layer = ', '.join(map(str, seen['layer']))
+      cause = f'layer {layer}, the worst of its stack: {cause}'
+    body.append(
+      '<tr>'
+      + _cell(r['site'], 'name', code=True)
+      + _cell(f'{sites.finite(r, "sqnr"):.1f} dB')
+      + _cell(cause[:1].upper() + cause[1:], 'name wide')
+      + '</tr>'
+    )
+  return (
+    f'<p class="note">A site is bad when it is {rule}.</p>'
+    f'<table>{head}<tbody>{"".join(body)}</tbody></table>'
   )
 
 
@@ -269,8 +331,11 @@ def _flatten(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _figure(png: bytes, caption: str) -> str:
   data = base64.b64encode(png).decode('ascii')
+  width = int.from_bytes(png[16:20], 'big')  # as drawn: its text is readable
+  room = f'flex: {width} 1 {0.9 * width:.0f}px'
   return (
-    f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{data}">'
+    f'<figure style="{room}"><img alt="{_text(caption)}" '
+    f'src="data:image/png;base64,{data}">'
     f'<figcaption>{_text(caption)}</figcaption></figure>'
   )
 

@@ -1,8 +1,8 @@
 """The rows of a report, read off a quantized model."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from quantlab.plan import SitePlan
 from quantlab.ptq import Quantized
 from quantlab.report.sites import SiteRow, histogram
 
+_T = TypeVar('_T')
 _MOST_VALUES = 100_000  # a histogram of more looks the same
 
 
@@ -22,7 +23,7 @@ def site_rows(
   Args:
     model: the quantized model.
     noise: SQNR by site, see `ql.site_sqnr`; the worst layer of a stack counts.
-    params: the float parameters, for histograms.
+    params: the float parameters that were encoded, for histograms.
   """
   floats = dict(named_leaves(params))
   coded = dict(named_leaves(model.params['weights']))
@@ -33,14 +34,26 @@ def site_rows(
   ]
 
 
-def by_variant(
-  rows: Mapping[str, list[SiteRow]],
-) -> dict[str, dict[str, list[SiteRow]]]:
-  """`{'model/variant': rows}` as `{model: {variant: rows}}`."""
-  out: dict[str, dict[str, list[SiteRow]]] = {}
-  for name, table in rows.items():
+def walk(model: Quantized, prepared: Sequence[str]) -> dict[str, Any]:
+  """What the chain of a model did, as a report keeps it.
+
+  Args:
+    model: the quantized model.
+    prepared: names of the members that changed it before it was encoded.
+  """
+  return {
+    'transform': list(model.report.get('transform', ())),
+    'prepared': list(prepared),
+    'blocks': list(model.report.get('blocks', ())),
+  }
+
+
+def by_variant(rows: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+  """`{'model/variant': value}` as `{model: {variant: value}}`."""
+  out: dict[str, dict[str, _T]] = {}
+  for name, value in rows.items():
     model, variant = name.rsplit('/', 1)
-    out.setdefault(model, {})[variant] = table
+    out.setdefault(model, {})[variant] = value
   return out
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from quantlab.report import plots, sites, tables
 
@@ -10,6 +11,8 @@ Picture = tuple[bytes, str]  # PNG, caption
 _QUALITY = ('accuracy', 'spearman', 'agreement')
 _MOST_SITES = 60  # beyond it a row of a picture cannot be read
 _HISTOGRAMS = 8
+_PREPARED = 4
+_CURVES = 12  # more cannot be told apart
 
 
 def overview(
@@ -20,9 +23,25 @@ def overview(
   return [picture for picture in found if picture is not None]
 
 
-def details(table: Sequence[sites.SiteRow]) -> list[Picture]:
-  """One variant: error, bits and bytes by site, and histograms."""
-  found = [_site_bars(table), _histograms(table)]
+def details(
+  table: Sequence[sites.SiteRow], walk: Mapping[str, Any] | None = None
+) -> list[Picture]:
+  """One variant: errors, bits and bytes, and histograms.
+
+  Args:
+    table: its quantized sites.
+    walk: 'transform', names of the chain's members; 'prepared', those of them
+      that changed the float model; 'blocks' of the walk, where there was one.
+  """
+  walk = walk or {}
+  blocks = walk.get('blocks', ())
+  found = [
+    _site_bars(table, 7.5 if blocks else 9.6),
+    _block_bars(blocks),
+    _losses(blocks),
+    _histograms(table),
+    _preparation(table, walk.get('prepared', ())),
+  ]
   return [picture for picture in found if picture is not None]
 
 
@@ -77,13 +96,13 @@ def _error_map(
   )
 
 
-def _site_bars(table: Sequence[sites.SiteRow]) -> Picture | None:
+def _site_bars(table: Sequence[sites.SiteRow], width: float) -> Picture | None:
   if not table:
     return None
   shown = table[:_MOST_SITES]
   names = [r['site'] for r in shown]
   fig, axes = plots.grid(
-    9.6,
+    width,
     0.7 + 0.2 * len(shown),
     (1, 3),
     left=plots.label_width(names),
@@ -106,6 +125,92 @@ def _site_bars(table: Sequence[sites.SiteRow]) -> Picture | None:
   )
 
 
+def _block_bars(blocks: Sequence[Mapping[str, Any]]) -> Picture | None:
+  if not blocks:
+    return None
+  shown = blocks[:_MOST_SITES]
+  names = [b['block'] for b in shown]
+  fig, axes = plots.grid(
+    3.5,
+    0.7 + 0.2 * len(shown),
+    (1, 1),
+    left=plots.label_width(names),
+    below=0.55,
+    above=0.1,
+  )
+  errors = [sites.finite(b, 'relative_error') for b in shown]
+  plots.block_bars(axes[0, 0], names, errors)
+  left = len(blocks) - len(shown)
+  return plots.to_png(fig), (
+    'Squared error over squared norm of what each block hands on, all blocks '
+    'before it quantized' + (f'; {left} more follow.' if left else '.')
+  )
+
+
+def _losses(blocks: Sequence[Mapping[str, Any]]) -> Picture | None:
+  """The losses of tuners, by block."""
+  curves = {
+    b['block']: [float(x) for x in facts['loss']]
+    for b in blocks
+    for facts in b.get('tuned', {}).values()
+    if facts.get('loss')
+  }
+  if not curves:
+    return None
+  shown = dict(list(curves.items())[:_CURVES])
+  fig = plots.figure(5.2, 2.2)
+  plots.loss_curves(fig.subplots(), shown)
+  left = len(curves) - len(shown)
+  return plots.to_png(fig), (
+    'Loss while the norms of each block were tuned'
+    + (f'; {left} more blocks were.' if left else '.')
+  )
+
+
+def _preparation(
+  table: Sequence[sites.SiteRow], prepared: Sequence[str]
+) -> Picture | None:
+  """Inputs and weights of the worst sites before and after transforms."""
+  worst = [r for r in sites.worst_first(table) if r.get('before')]
+  panels = [
+    (r, what)
+    for r in worst[:_PREPARED]
+    for what in ('input', 'weight')
+    if what in r['before']
+  ]
+  if not panels:
+    return None
+  after = ' and '.join(prepared)
+  fig, axes = _panels(len(panels))
+  for i, (ax, (r, what)) in enumerate(zip(axes, panels, strict=True)):
+    title = f'{plots.shorten(r["site"], 24)} {what}'
+    changed = r.get('after', {}).get(what)
+    plots.histogram(
+      ax, r['before'][what], changed, title, ('before', f'after {after}')
+    )
+    if i == 0:
+      ax.legend(fontsize=6, frameon=False, loc='upper right')
+  head = 'Inputs (one batch of calibration) and weights of the worst sites'
+  if prepared:
+    return plots.to_png(fig), (
+      f'{head} in float, before (filled) and after {after} (line), log counts.'
+    )
+  return plots.to_png(fig), (
+    f'{head} in float, log counts; no transform changed them before encoding.'
+  )
+
+
+def _panels(count: int) -> tuple[plots.Figure, list[plots.Axes]]:
+  """A figure of so many histograms, four in a row."""
+  across = 4
+  down = -(-count // across)
+  fig, axes = plots.grid(9.6, 1.7 * down, (down, across))
+  found = list(axes.ravel())
+  for ax in found[count:]:
+    ax.set_visible(False)
+  return fig, found[:count]
+
+
 def _histograms(table: Sequence[sites.SiteRow]) -> Picture | None:
   """Weights, and inputs where observed, of the sites with the most error."""
   known = [r for r in table if r.get('histograms')]
@@ -119,13 +224,8 @@ def _histograms(table: Sequence[sites.SiteRow]) -> Picture | None:
     for what in ('weight', 'input')
     if {what, f'{what}_coded'} & r['histograms'].keys()
   ]
-  across = 4
-  down = -(-len(panels) // across)
-  fig, axes = plots.grid(9.6, 1.7 * down, (down, across))
-  axes = axes.ravel()
-  for ax in axes[len(panels) :]:
-    ax.set_visible(False)
-  for ax, (r, what) in zip(axes, panels, strict=False):
+  fig, axes = _panels(len(panels))
+  for ax, (r, what) in zip(axes, panels, strict=True):
     found = r['histograms']
     title = f'{plots.shorten(r["site"], 24)} {what}'
     plots.histogram(ax, found.get(what), found.get(f'{what}_coded'), title)

@@ -102,6 +102,59 @@ def sqnr_bars(ax: Axes, sites: Sequence[str], sqnr: Sequence[float]) -> Axes:
   return ax
 
 
+def block_bars(
+  ax: Axes, blocks: Sequence[str], errors: Sequence[float]
+) -> Axes:
+  """Relative squared error of the stream after each block; less is better.
+
+  Args:
+    ax: where to draw.
+    blocks: names, drawn top to bottom.
+    errors: squared error over squared norm, drawn on a logarithmic axis; one
+      that is zero or not finite is left without a bar.
+
+  Returns:
+    ax.
+  """
+  values = np.asarray(errors, float)
+  drawn = np.isfinite(values) & (values > 0)
+  _site_axis(ax, blocks)
+  if drawn.any():
+    low = 10 ** np.floor(np.log10(values[drawn].min()) - 0.3)
+    ax.set_xscale('log')
+    ax.barh(np.flatnonzero(drawn), values[drawn] - low, 0.7, low, color=ORANGE)
+    ax.set_xlim(low, 10 ** np.ceil(np.log10(values[drawn].max()) + 0.1))
+    ax.xaxis.set_major_locator(ticker.LogLocator(numticks=6))
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+  ax.set_xlabel('noise / signal after the block')
+  return ax
+
+
+def loss_curves(ax: Axes, curves: Mapping[str, Sequence[float]]) -> Axes:
+  """The loss of every block over the steps of its tuning."""
+  for i, (name, losses) in enumerate(curves.items()):
+    style = '-' if i < len(_CYCLE) else '--'
+    ax.plot(
+      range(1, len(losses) + 1),
+      losses,
+      style,
+      marker='.',
+      lw=1.0,
+      color=_CYCLE[i % len(_CYCLE)],
+      label=shorten(name, 30),
+    )
+  ax.set_xlabel('step')
+  ax.set_ylabel('loss')
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  ax.tick_params(labelsize=_SMALL)
+  ax.grid(alpha=0.25)
+  ax.legend(
+    loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
+  )
+  _bare(ax)
+  return ax
+
+
 def bits_bars(ax: Axes, sites: Sequence[str], bits: Sequence[float]) -> Axes:
   """Bits per weight of each site, scales included."""
   _site_axis(ax, sites)
@@ -134,6 +187,7 @@ def histogram(
   before: Mapping[str, Any] | None,
   after: Mapping[str, Any] | None = None,
   title: str = '',
+  labels: tuple[str, str] = ('float', 'coded'),
 ) -> Axes:
   """Distribution of values in float, and of the coded ones on top.
 
@@ -143,6 +197,7 @@ def histogram(
       are not known.
     after: the same of the values their codes stand for.
     title: above it.
+    labels: what the two are.
 
   Returns:
     ax. Counts are logarithmic: the tails decide the scale.
@@ -153,11 +208,11 @@ def histogram(
       before['edges'],
       fill=True,
       color='#B9D6EA',
-      label='float',
+      label=labels[0],
     )
   if after is not None:
     ax.stairs(
-      after['counts'], after['edges'], color=ORANGE, lw=1.0, label='coded'
+      after['counts'], after['edges'], color=ORANGE, lw=1.0, label=labels[1]
     )
   ax.set_yscale('log')
   ax.set_ylim(bottom=0.5)

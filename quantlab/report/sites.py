@@ -1,6 +1,7 @@
 """What a report says of one site, as plain JSON."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,7 +18,9 @@ class SiteRow(TypedDict, total=False):
   """One site of a variant; what is unknown is left out.
 
   `weight` and `input` are quantizers as they print, None for float; `bits` is
-  bits per weight with the scales; `sqnr` in dB on the site's output.
+  bits per weight with the scales; `sqnr` in dB on the site's output. The worst
+  sites have more: `before` and `after` the model was prepared for encoding,
+  histograms of 'input' and 'weight', and the `statistics` of a diagnosis.
   """
 
   site: str
@@ -30,6 +33,9 @@ class SiteRow(TypedDict, total=False):
   sqnr: float
   why_float: str
   histograms: dict[str, Histogram]
+  before: dict[str, Histogram]
+  after: dict[str, Histogram]
+  statistics: dict[str, Any]
 
 
 def histogram(x: Any, bins: int = 61) -> Histogram:
@@ -66,6 +72,16 @@ def quantized(rows: list[SiteRow]) -> list[SiteRow]:
 def unquantized(rows: list[SiteRow]) -> list[SiteRow]:
   """The sites left in float: the coverage list."""
   return [r for r in rows if not (r.get('weight') or r.get('input'))]
+
+
+def worst_first(rows: Sequence[SiteRow]) -> list[SiteRow]:
+  """The quantized sites whose error is known, the largest error first."""
+  known = [r for r in quantized(list(rows)) if _measured(r)]
+  return sorted(known, key=lambda r: finite(r, 'sqnr'))
+
+
+def _measured(row: SiteRow) -> bool:
+  return not math.isnan(finite(row, 'sqnr'))
 
 
 def finite(row: Mapping[str, Any], name: str) -> float:

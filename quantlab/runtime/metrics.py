@@ -1,7 +1,7 @@
 """Numbers of a run: one flat JSON file, and TensorBoard events beside it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -67,6 +67,12 @@ class Metrics:
       return
     files.write_json(self._path, self.values)
     self._write_events(new, step)
+
+  def curve(self, name: str, values: Iterable[float]) -> None:
+    """A curve in TensorBoard, a value a step; it is kept nowhere else."""
+    if jax.process_index() == 0:
+      for step, value in enumerate(values):
+        self._write_events({name: value}, step)
 
   def close(self) -> None:
     """Flushes the events."""

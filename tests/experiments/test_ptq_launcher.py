@@ -105,6 +105,7 @@ def test_the_workdir_is_complete(finished):
     'manifest.json',
     'plan.json',
     'sites.json',
+    'blocks.json',
     'metrics.json',
     'report.html',
     'checkpoints',
@@ -141,8 +142,10 @@ def test_metrics_are_flat_and_in_the_order_of_the_config(finished):
 def test_the_report_shows_every_variant_with_pictures(finished):
   folder, _ = finished
   page = (folder / 'report.html').read_text()
-  # Two pictures of the model, two of each variant.
-  assert page.count('<img') == page.count('data:image/png;base64,') == 6
+  # Two pictures of the model, three of each variant: it was not walked.
+  assert page.count('<img') == page.count('data:image/png;base64,') == 8
+  assert page.count('there are no errors by block') == 2
+  assert page.count('no transform changed them') == 4  # captions, twice
   assert page.index('<summary>w8<') < page.index('<summary>w4<')
 
 
@@ -160,6 +163,30 @@ def test_a_checkpoint_gives_the_recorded_numbers_again(finished, name):
     metrics[f'{head}/cross_entropy'], rel=1e-5
   )
   assert model.nbytes == metrics[f'{head}/nbytes']
+
+
+def test_a_chain_leaves_what_its_page_shows(quick, tmp_path):
+  config = tiny('w4')
+  rules = (('/kernel$', {**_W4, 'input': {'format': 'int8', 'per': 'token'}}),)
+  chain = ('smooth', 'gptq', 'norm_tweak')
+  config.variants = ({'name': 'c', 'rules': rules, 'transform': chain},)
+  ptq.run(config, str(tmp_path))
+  walk = json.loads((tmp_path / 'blocks.json').read_text())['digits_cnn/c']
+  assert walk['transform'] == list(chain)
+  assert walk['prepared'] == ['smooth']
+  model = ql.load(tmp_path / 'checkpoints' / 'digits_cnn' / 'c', lambda p, x: x)
+  assert walk['blocks'] == model.report['blocks']
+  rows = json.loads((tmp_path / 'sites.json').read_text())['digits_cnn/c']
+  for row in rows:
+    before, after = row['before'], row['after']
+    assert before.keys() == after.keys() == {'input', 'weight'}
+    assert sum(before['input']['counts']) == sum(after['input']['counts'])
+  assert any(r['before']['weight'] != r['after']['weight'] for r in rows)
+  page = (tmp_path / 'report.html').read_text()
+  assert 'Made by smooth, then gptq, then norm_tweak.' in page
+  assert 'after smooth (line)' in page
+  # What was encoded is what codes are compared with: SQNR is not of a scaling.
+  assert all(float(r['sqnr']) > 10 for r in rows)
 
 
 # Resuming ---------------------------------------------------------------------

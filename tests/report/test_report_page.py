@@ -134,6 +134,60 @@ def test_sites_without_sizes_or_histograms():
   assert '0 of 0 sites quantized' in nothing
 
 
+WALK = {
+  'transform': ['smooth', 'gptq', 'norm_tweak'],
+  'prepared': ['smooth'],
+  'blocks': [
+    {'block': 'params/a', 'relative_error': 1e-3, 'tuned': {'bias': {}}},
+    {
+      'block': 'params/b',
+      'relative_error': 0.0,
+      'tuned': {'norm_tweak': {'loss': [0.2, 0.1]}},
+    },
+  ],
+}
+
+
+def test_blocks_losses_and_preparation_are_drawn_where_there_are_any():
+  found = report.histogram(np.arange(9.0))
+  seen = row(before={'input': found}, after={'input': found})
+  walks = {'net': {'w4': WALK}}
+  page = report.render(METRICS, {'net': {'w4': [seen]}}, {}, walks_of=walks)
+  assert page.count('<img') == 7
+  assert 'there are no errors by block' not in page
+  assert 'after smooth (line)' in page
+  walks = {'net': {'w4': WALK | {'prepared': [], 'blocks': []}}}
+  seen = row(before={'input': found})
+  page = report.render(METRICS, {'net': {'w4': [seen]}}, {}, walks_of=walks)
+  assert page.count('<img') == 5
+  assert 'there are no errors by block' in page
+  assert 'no transform changed them before encoding' in page
+
+
+def test_a_block_without_error_has_no_bar():
+  ax = plots.figure(2, 2).subplots()
+  plots.block_bars(ax, list('abc'), [1e-3, 0.0, math.nan])
+  [bar] = ax.patches
+  assert bar.get_x() + bar.get_width() == pytest.approx(1e-3)
+  ax = plots.figure(2, 2).subplots()
+  plots.block_bars(ax, ['a'], [0.0])
+  assert not ax.patches
+
+
+def test_a_bad_site_has_a_cause_and_a_good_one_is_not_listed():
+  seen = {'weight_sqnr': 9.0, 'weight_per': 'channel', 'tail': 7.0}
+  rows = [row(sqnr=9.0, statistics=seen), row('b', sqnr=40.0)]
+  page = report.render(METRICS, {'net': {'w4': rows}}, {})
+  bad = page.split('<h3>Bad sites</h3>')[1].split('<h3>')[0]
+  assert 'Heavy tails' in bad
+  assert 'scale=mse()' in bad
+  assert '9.0 dB' in bad
+  assert '40.0 dB' not in bad
+  rows = [row(sqnr=30.0), row('b', sqnr=40.0)]
+  page = report.render(METRICS, {'net': {'w4': rows}}, {})
+  assert 'None: no site is more than 10 dB under the median' in page
+
+
 def test_coded_values_alone_are_not_shown_as_float():
   folded = row()
   del folded['histograms']['weight']
