@@ -165,7 +165,7 @@ def _coarse_weight(found: Statistics, used: Collection[str]) -> Cause | None:
     _either(
       None if found.get('weight_grouped') else 'group=',
       None if found.get('weight_searched') else 'scale=mse()',
-      _unused('gptq', used),
+      _unused('gptq', used) if 'inputs' in found else None,  # not of lookups
       'more bits',
     ),
   )

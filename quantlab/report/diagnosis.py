@@ -160,6 +160,9 @@ def _reduced(site, group, before, after, coded) -> dict[str, Any]:
       jnp.var(site.dims.out_rows(s['out']), -2).ravel() for s in (after, coded)
     )
     numbers['inputs'] = jnp.asarray(w.shape[-2])
+  elif 'w' in after:  # a lookup: what it reads is its product
+    w, q = after['w'], coded['w']
+    numbers['weight_sqnr'] = _decibel(jnp.sum(w**2), jnp.sum((w - q) ** 2))
   return {
     'numbers': numbers,
     'before': _counts(before),

@@ -48,7 +48,7 @@ _INPUT = {'weight_sqnr': 30.0, 'input_sqnr': 10.0, 'arriving_sqnr': 40.0}
       '8 bits',
     ),
     (
-      _WEIGHT | {'weight_bits': 3, 'weight_grouped': True},
+      _WEIGHT | {'weight_bits': 3, 'weight_grouped': True, 'inputs': 64},
       '3 bits are few for this weight',
       'scale=mse(), gptq() or more bits',
     ),
@@ -149,6 +149,38 @@ def test_imbalance_and_collapse_of_a_weight_are_found(healthy):
   assert 'collapsed' in causes.diagnose(found['b']).cause
   _, found = _looked(sick, x, {'.*': ql.int4()})
   assert found['b']['collapsed'] == 0
+
+
+def test_lookups_stacks_and_activation_products_are_looked_at(healthy):
+  params, _ = healthy
+
+  def net(params, ids):
+    x = params['embed'][ids]
+
+    def layer(x, w):
+      scores = jax.nn.softmax(jnp.einsum('btd,bsd->bts', x, x))
+      return x + jnp.einsum('bts,bsd->btd', scores, x) @ w, None
+
+    return jax.lax.scan(layer, x, params['layers'])[0]
+
+  both = ql.int8(per='token')
+  stack = jnp.stack([params['a'], params['b'], 3 * params['c']])
+  params = {'embed': params['a'], 'layers': stack}
+  ids = jnp.arange(24).reshape(4, 6)
+  recipe = {'site:dot_': ql.rule(lhs=both, rhs=both), '.*': ql.int4()}
+  model = ql.ptq(net, params, recipe, [ids])
+  noise = ql.site_sqnr(net, params, model, [ids])
+  names = list(noise)
+  found = report.look(net, params, model, ids, noise, names)
+  assert found.keys() == set(model.plan.quantized)
+  lookup = found['embed']['statistics']
+  assert 'gptq' not in causes.diagnose(lookup).remedy
+  assert causes.diagnose(lookup).cause == '4 bits are few for this weight'
+  assert lookup['layer'] == []
+  [worst] = found['layers']['statistics']['layer']
+  assert worst == int(np.argmin(noise['layers']['output']))
+  for name in names:
+    assert ('input' in found[name]['before']) == (name != 'embed')
 
 
 def test_parts_of_the_noise_are_shares_of_the_products(healthy):
