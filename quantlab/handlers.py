@@ -126,20 +126,26 @@ def simulating(plan: Plan) -> rewrite.Handler:
   return handler
 
 
-def deploying(plan: Plan | None) -> rewrite.Handler:
-  """Products on codes, with low-bit kernels where the plan says so."""
+def deploying(plan: Plan | None, *, integer: bool = True) -> rewrite.Handler:
+  """Products on codes, with low-bit kernels where the plan says so.
+
+  Args:
+    plan: what is quantized.
+    integer: False computes what they compute on floats: differentiable
+      (straight-through) in what flows in.
+  """
 
   def handler(site, lhs, rhs, default, state):
     known_site = plan.sites.get(site.id) if plan is not None else None
     rule = known_site.rule if known_site is not None else None
     return _output(
-      site, rule, _product(rule, site, lhs, rhs, default, state), state
+      site, rule, _product(rule, site, lhs, rhs, default, state, integer), state
     ), None
 
   return handler
 
 
-def _product(rule, site, lhs, rhs, default, state):
+def _product(rule, site, lhs, rhs, default, state, integer):
   """A product on codes, as its rule says."""
   if site.kind == 'gather' and isinstance(lhs, QTensor):
     return ops.embed(lhs, rhs, site.dims)
@@ -154,11 +160,15 @@ def _product(rule, site, lhs, rhs, default, state):
       for r, q in rule.quantizers.items()
       if r in ('lhs', 'rhs')
     }
-    return ops.activation_product(site, lhs, rhs, rule, given, default)
+    return ops.activation_product(
+      site, lhs, rhs, rule, given, default, integer=integer
+    )
   qparams = None
   if rule.input is not None:
     qparams = _need(site, 'input', rule.input, state)
-  return ops.product(site, lhs, rhs, rule.input, qparams, default)
+  return ops.product(
+    site, lhs, rhs, rule.input, qparams, default, integer=integer
+  )
 
 
 def observing(observer: Observer, inner: rewrite.Handler) -> rewrite.Handler:

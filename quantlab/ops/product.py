@@ -62,6 +62,8 @@ def product(
   quantizer: Quantizer | None,
   qparams: QParams | None,
   default: Callable,
+  *,
+  integer: bool = True,
 ) -> jax.Array:
   """The product of a site with a weight, a QTensor or a dense array.
 
@@ -71,6 +73,7 @@ def product(
     quantizer: of the activation, or None.
     qparams: calibrated parameters of a static quantizer.
     default: the traced product on dense operands.
+    integer: False computes on floats what would be computed on integers.
   """
   x, w = (lhs, rhs) if site.side == 'rhs' else (rhs, lhs)
   way = 'float'
@@ -78,9 +81,9 @@ def product(
     roles = {'weight': w.quantizer}
     roles |= {} if quantizer is None else {'input': quantizer}
     way = route(site.kind, roles)
-    if way == 'int8' and _aligned(site, w):
-      integer = _int8_conv if site.kind == 'conv' else _int8_dot
-      return integer(site, x, w, quantizer, qparams)
+    if integer and way == 'int8' and _aligned(site, w):
+      run = _int8_conv if site.kind == 'conv' else _int8_dot
+      return run(site, x, w, quantizer, qparams)
     w = w.dequantize()
   if quantizer is not None:
     x = activation.fake_quantize_activation(
@@ -185,10 +188,12 @@ def activation_product(
   rule: Any,
   qparams: Mapping[str, QParams | None],
   default: Callable,
+  *,
+  integer: bool = True,
 ) -> jax.Array:
   """A product of two activations with quantized operands."""
   way = route(site.kind, rule.quantizers)
-  if way == 'int8' and site.kind == 'dot':
+  if integer and way == 'int8' and site.kind == 'dot':
     dims = site.dims
     left = activation.to_integers(
       lhs, dims.x_matrix(lhs), rule.lhs, qparams.get('lhs')

@@ -244,19 +244,22 @@ class Local:
   def coded_step(self, stream, context) -> tuple[Any, ...]:
     """The quantized stream after the block; all its weights are codes."""
     if self._coded_step is None:
-      self._coded_step = jax.jit(self.apply)
-    return self._coded_step(self.leaves, stream, context)
+      self._coded_step = jax.jit(self._coded)
+    return self._coded_step(self.leaves, self.state, stream, context)
 
   def apply(self, leaves, stream, context) -> tuple[Any, ...]:
-    """The quantized block on its parameters by path."""
+    """The quantized block on its parameters by path, on floats."""
+    return self._coded(leaves, self.state, stream, context, integer=False)
+
+  def _coded(self, leaves, state, stream, context, integer=True):
     encoded = frozenset(self.encoded)
     evaluator = self._evaluator(
       self._listed(leaves),
-      handlers.deploying(self.plan),
-      encoded | rewrites.adjusted(self.state),
+      handlers.deploying(self.plan, integer=integer),
+      encoded | rewrites.adjusted(state),
       self.plan.folded & encoded,
     )
-    return tuple(evaluator.run([*stream, *context], self.state)[0])
+    return tuple(evaluator.run([*stream, *context], state)[0])
 
   def _evaluator(self, leaves, handler, chosen, folded, monoid=None):
     return rewrites.evaluator_of(

@@ -107,7 +107,8 @@ def test_w4a4_survives_outliers_by_rotation(seed):
 def test_norm_tweak_helps_gently_and_hurts_hard():
   """Recipes D6: one gentle pass helps, ten hard ones hurt."""
   params = bed()[0]
-  rule = ql.rule(weight=ql.int3())
+  # Quantized inputs: the gradient must pass through their rounding.
+  rule = ql.rule(weight=ql.int3(), input=ql.int8(per='token'))
   plain = after(params, rule, ql.rtn())
   gentle = after(params, rule, ql.chain(ql.rtn(), ql.norm_tweak(1e-3)))
   hard = ql.norm_tweak(3e-2, epochs=10)
