@@ -73,7 +73,7 @@ def test_a_stopped_walk_goes_on(scanned, tmp_path, monkeypatch):
   blocks = len(whole.report['blocks'])
   assert blocks == 3
   real = walk._Walker.block
-  for stop in range(blocks):
+  for stop in (1,) if scanned else range(blocks):
     left = [stop]
 
     def stopping(self, *args, left=left):

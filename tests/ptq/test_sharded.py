@@ -42,7 +42,7 @@ def both(name, scan):
   return one, ptq(encoder, *spread_setup(scan))
 
 
-CASES = [('rtn', True), ('gptq', False), ('gptq', True)]
+CASES = [('rtn', True), ('gptq', True)]
 cases = pytest.mark.parametrize(('name', 'scan'), CASES)
 
 
