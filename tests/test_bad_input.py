@@ -412,3 +412,18 @@ def test_a_plan_of_another_type(bad):
   for transform in (ql.quantized, ql.fake_quantized):
     with pytest.raises(TypeError, match=r'the plan is what ql\.plan.*got'):
       transform(apply, bad)
+
+
+@pytest.mark.parametrize('key', [0, 'seed', jnp.zeros(2, jnp.uint32)])
+def test_a_key_that_is_none(key):
+  params, x = {'w': jnp.ones((4, 4))}, jnp.ones((2, 4))
+  with pytest.raises(TypeError, match=r'key= takes a random key.*random\.key'):
+    ql.ptq(lambda p, x: x @ p['w'], params, {'w': ql.int8()}, [x], key=key)
+
+
+def test_shapes_are_no_parameters():
+  params = {'w': jax.ShapeDtypeStruct((4, 4), jnp.float32)}
+  with pytest.raises(TypeError, match=r"\['w'\] are shapes without values"):
+    ql.ptq(
+      lambda p, x: x @ p['w'], params, {'w': ql.int8()}, [jnp.ones((2, 4))]
+    )

@@ -81,6 +81,7 @@ def ptq(
     OSError: `workdir` cannot be written; what was kept stays whole.
   """
   members = chain(transform)
+  _check_key(key)
   args = batches_lib.first(batches)
   traced, leaves, inputs = tracing.Tracer(apply)(params, args, {})
   made = make_plan(traced, leaves, inputs, as_recipe(recipe))
@@ -165,8 +166,28 @@ def _replace(params: Any, made: Plan, values: Mapping[str, Any]) -> Any:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def _check_key(key: Any) -> None:
+  if key is None or jnp.issubdtype(
+    getattr(key, 'dtype', None), jax.dtypes.prng_key
+  ):
+    return
+  raise TypeError(
+    f'key= takes a random key, got {key!r}; pass jax.random.key(seed)'
+  )
+
+
 def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
   """A weight with NaN or infinity is refused by name."""
+  abstract = [
+    p
+    for p, leaf in zip(paths, leaves, strict=True)
+    if isinstance(leaf, jax.ShapeDtypeStruct)
+  ]
+  if abstract:
+    raise TypeError(
+      f'parameters {abstract[:5]} are shapes without values; ql.plan(...) '
+      'takes shapes, quantizing needs arrays'
+    )
   used = {p for s in made.quantized.values() for p in s.paths}
   check = jax.jit(lambda xs: {k: jnp.isfinite(x).all() for k, x in xs.items()})
   chosen = {
