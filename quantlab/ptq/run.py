@@ -167,13 +167,13 @@ def _replace(params: Any, made: Plan, values: Mapping[str, Any]) -> Any:
 
 
 def _check_key(key: Any) -> None:
-  if key is None or jnp.issubdtype(
-    getattr(key, 'dtype', None), jax.dtypes.prng_key
-  ):
-    return
-  raise TypeError(
-    f'key= takes a random key, got {key!r}; pass jax.random.key(seed)'
+  typed = hasattr(key, 'dtype') and jnp.issubdtype(
+    key.dtype, jax.dtypes.prng_key
   )
+  if key is not None and not typed:
+    raise TypeError(
+      f'key= takes a random key, got {key!r}; pass jax.random.key(seed)'
+    )
 
 
 def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
