@@ -129,7 +129,6 @@ def fused_heads() -> Program:
 
 # (program, recipe) by name.
 MODELS = {
-  'transformer': (programs.linen_transformer, {'/kernel$': STATIC}),
   'scanned': (
     lambda: programs.linen_transformer(scanned=True, blocks=3),
     {'/kernel$': STATIC},

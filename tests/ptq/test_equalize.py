@@ -179,23 +179,6 @@ def test_awq_with_the_exponent_zero_alone_is_rounding():
 # Against pathologies ---------------------------------------------------------
 
 
-@pytest.mark.parametrize('seed', [1])  # of two
-def test_static_w8a8_survives_outlier_channels(seed):
-  params = language(seed)[1]
-  clean, _ = quality(seed, params, W8A8)
-  hurt = equivalents.outlier_channels(params, seed)
-  hurt = equivalents.one_sided(hurt, seed)
-  apply, _, _, test = language(seed)
-  assert sqnr(apply(params, test), apply(hurt, test)) > 100
-  plain, _ = quality(seed, hurt, W8A8)
-  smooth, _ = quality(seed, hurt, W8A8, ql.smooth())
-  shifted, _ = quality(seed, hurt, W8A8, ql.outlier_suppression())
-  assert plain < clean - 15
-  assert smooth > plain + 0.7 * (clean - plain)
-  assert shifted > plain + 0.9 * (clean - plain)
-  assert shifted > smooth  # a shift is what one-sided channels need
-
-
 def test_equalization_rescues_weights_per_tensor():
   rules = {'.*': ql.rule(weight=ql.int8(per='tensor'))}
   program = programs.linen_resnet()
