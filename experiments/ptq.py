@@ -13,6 +13,9 @@ nothing.
 `--replay=runs/digits/checkpoints/digits_cnn/w8a8` makes that model again from
 what its manifest says, and compares every array.
 
+A config's `diagnosis` (true unless it says otherwise) adds histograms and
+likely causes to the report, for about the time of the rest again.
+
 `--config.models=digits_cnn` restricts the models (given again, it adds one),
 `--config.seed=1` changes the seed; any field of the config is set this way.
 """
@@ -180,7 +183,8 @@ def _quantize(
   ql.save(folder.path / 'checkpoints' / name, model, overwrite=True)
   files.remove(walk)
   folder.update_json('plan.json', name, model.plan.to_json())
-  folder.update_json('sites.json', name, _rows(work, model, left))
+  rows = _rows(work, model, left, config.get('diagnosis', True))
+  folder.update_json('sites.json', name, rows)
   folder.update_json('blocks.json', name, report.walk(model, prepared))
   folder.metrics.curve(
     f'q/{name}/block_error',
@@ -199,13 +203,17 @@ def _quantize(
   )
 
 
-def _rows(work: models.Workload, model: ql.Quantized, prepared: Any) -> Any:
+def _rows(
+  work: models.Workload, model: ql.Quantized, prepared: Any, diagnosis: bool
+) -> Any:
   """What the page says of each site, most of the worst ones."""
   batch = work.calibration[0]
   floats = work.params if prepared is None else prepared
   noise = ql.site_sqnr(work.apply, floats, model, [batch])
   encoded = work.params if prepared is None else prepared['weights']
   rows = report.site_rows(model, noise, encoded)
+  if not diagnosis:
+    return rows
   names = report.chosen(rows)
   found = report.look(
     work.apply, work.params, model, batch, noise, names, prepared

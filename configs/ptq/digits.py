@@ -29,6 +29,7 @@ def get_config():
   config.seed = 0
   config.calibration = 0  # examples; 0: the workload's own choice
   config.evaluation = 0  # 0: all
+  config.diagnosis = False  # histograms and causes, twice the time
   config.models = ('digits_cnn', 'digits_vit')
   config.variants = (
     _all('w8a8_static', weight={'format': 'int8'}, input=INT8_STATIC),
