@@ -13,8 +13,9 @@ nothing.
 `--replay=runs/digits/checkpoints/digits_cnn/w8a8` makes that model again from
 what its manifest says, and compares every array.
 
-A config's `diagnosis` (true unless it says otherwise) adds histograms and
-likely causes to the report, for about the time of the rest again.
+A config's `diagnosis` (true unless it says otherwise) adds errors by block,
+histograms and likely causes to the report, for about the time of the rest
+again.
 
 `--config.models=digits_cnn` restricts the models (given again, it adds one),
 `--config.seed=1` changes the seed; any field of the config is set this way.
@@ -167,8 +168,11 @@ def _quantize(
   """One variant: quantize, measure, save; recorded when all is written."""
   name = f'{model_name}/{variant.name}'
   walk = folder.path / 'walk' / name  # finished blocks, until all are
+  diagnosis = config.get('diagnosis', True)
   with runtime.timed() as timer:
-    model, prepared, left = steps.quantize_watched(work, variant, key, walk)
+    model, prepared, left = steps.quantize_watched(
+      work, variant, key, walk, block_errors=diagnosis
+    )
   found = quality.assess(
     work.apply,
     work.params,
@@ -183,7 +187,7 @@ def _quantize(
   ql.save(folder.path / 'checkpoints' / name, model, overwrite=True)
   files.remove(walk)
   folder.update_json('plan.json', name, model.plan.to_json())
-  rows = _rows(work, model, left, config.get('diagnosis', True))
+  rows = _rows(work, model, left, diagnosis)
   folder.update_json('sites.json', name, rows)
   folder.update_json('blocks.json', name, report.walk(model, prepared))
   folder.metrics.curve(

@@ -32,7 +32,11 @@ def quantize(
 
 
 def quantize_watched(
-  work: models.Workload, variant: variants.Variant, key: jax.Array, walk: Any
+  work: models.Workload,
+  variant: variants.Variant,
+  key: jax.Array,
+  walk: Any,
+  block_errors: bool = False,
 ) -> tuple[Any, list[str], Any]:
   """The quantized model, and the float model as its chain prepared it.
 
@@ -55,6 +59,7 @@ def quantize_watched(
     members,
     key=key,
     workdir=walk,
+    block_errors=block_errors,
   )
   names = [members[i].name for i in prepare]
   return jax.block_until_ready(model), names, seen.get('variables')

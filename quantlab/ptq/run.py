@@ -48,6 +48,7 @@ def ptq(
   loss: Callable | None = None,
   workdir: epath.PathLike | None = None,
   memory: int = 2**32,
+  block_errors: bool = False,
 ) -> Quantized:
   """Quantizes a model after training.
 
@@ -66,6 +67,8 @@ def ptq(
       without one. Remove it when the model is saved.
     memory: bytes of activations that stay in memory during the walk; beyond
       it they lie in `workdir`, or without one in a temporary folder.
+    block_errors: walk through the blocks even where no member asks for it, so
+      that `report['blocks']` holds the error after each one.
 
   With several processes (`jax.distributed`) every one makes the same call;
   batches are global arrays over them, parameters global or the same in all,
@@ -98,7 +101,7 @@ def ptq(
   context = dataclasses.replace(context, state=_merged(context.state, state))
   encoder = next((m for m in members if isinstance(m, Encoder)), rtn())
   tuners = [m for m in members if isinstance(m, Tuner)]
-  if encoder.observe is None and not tuners:
+  if encoder.observe is None and not tuners and not block_errors:
     encoded = walk.encode_all(context, encoder)
   else:
     encoded = _walk(context, encoder, tuners, members, workdir, memory)

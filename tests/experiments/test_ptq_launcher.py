@@ -142,9 +142,11 @@ def test_metrics_are_flat_and_in_the_order_of_the_config(finished):
 def test_the_report_shows_every_variant_with_pictures(finished):
   folder, _ = finished
   page = (folder / 'report.html').read_text()
-  # Two pictures of the model, three of each variant: it was not walked.
-  assert page.count('<img') == page.count('data:image/png;base64,') == 8
-  assert page.count('there are no errors by block') == 2
+  # Two pictures of the model, four of each variant.
+  assert page.count('<img') == page.count('data:image/png;base64,') == 10
+  assert 'there are no errors by block' not in page
+  walks = json.loads((folder / 'blocks.json').read_text())
+  assert all(len(w['blocks']) > 1 for w in walks.values())
   assert page.count('no transform changed them') == 4  # captions, twice
   assert page.index('<summary>w8<') < page.index('<summary>w4<')
 

@@ -49,6 +49,22 @@ def same(a, b):
 
 
 @pytest.mark.parametrize('scanned', [False, True])
+def test_a_walk_for_its_errors_alone_makes_the_same_codes(scanned):
+  apply, params, batches = setup(scanned)
+  at_once = ql.ptq(apply, params, RECIPE, batches)
+  walked = ql.ptq(apply, params, RECIPE, batches, block_errors=True)
+  same(at_once.params, walked.params)
+  assert 'blocks' not in at_once.report
+  floats, codes = (
+    apply(params, batches[0]),
+    walked.apply(walked.params, batches[0]),
+  )
+  last = walked.report['blocks'][-1]['relative_error']
+  found = jnp.sum((floats - codes) ** 2) / jnp.sum(floats**2)
+  assert 0.5 < last / found < 2  # one batch of three
+
+
+@pytest.mark.parametrize('scanned', [False, True])
 def test_spilled_streams_change_nothing(scanned, tmp_path):
   apply, params, batches = setup(scanned)
   whole = ql.ptq(apply, params, RECIPE, batches, ql.gptq())
