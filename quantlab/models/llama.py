@@ -5,12 +5,13 @@ H. Touvron et al., arXiv 2302.13971; RoPE arXiv 2104.09864; GQA arXiv
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from quantlab.models import layers
 
@@ -39,10 +40,16 @@ class Config:
 STORIES260K = Config()
 
 
-def rope_angles(t: int, d: int, theta: float) -> jax.Array:
+# Keys and values (b, length, kv_heads, d) of each block.
+Cache = Sequence[Mapping[str, jax.Array]]
+
+
+def rope_angles(
+  t: int, d: int, theta: float, start: jax.Array | int = 0
+) -> jax.Array:
   """Angles (t, d/2): position times theta^(-2i/d). arXiv 2104.09864, eq. 15."""
   frequency = 1 / theta ** (jnp.arange(0, d, 2) / d)
-  return jnp.arange(t)[:, None] * frequency
+  return (start + jnp.arange(t))[:, None] * frequency
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -53,12 +60,13 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
   return turned.reshape(x.shape)
 
 
-def _attention(
-  p: Mapping[str, Any], x: jax.Array, angles: jax.Array, mask: jax.Array, c
-) -> jax.Array:
+def _queries_keys_values(p: Mapping[str, Any], x: jax.Array, angles, c):
   q = rotate(layers.split_heads(x @ p['wq'], c.heads), angles)
   k = rotate(layers.split_heads(x @ p['wk'], c.kv_heads), angles)
-  v = layers.split_heads(x @ p['wv'], c.kv_heads)
+  return q, k, layers.split_heads(x @ p['wv'], c.kv_heads)
+
+
+def _attention(p: Mapping[str, Any], q, k, v, mask: jax.Array, c) -> jax.Array:
   # Every group of query heads shares one key and value head.
   share = c.heads // c.kv_heads
   k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
@@ -80,10 +88,63 @@ def apply(
   x = table[tokens]
   for p in params['blocks']:
     y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
-    x = x + _attention(p['attention'], y, angles, mask, config)
+    q, k, v = _queries_keys_values(p['attention'], y, angles, config)
+    x = x + _attention(p['attention'], q, k, v, mask, config)
     y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
     x = x + _mlp(p['mlp'], y)
   return layers.rms_norm(params['norm'], x, epsilon=config.epsilon) @ table.T
+
+
+def empty_cache(
+  batch: int, length: int, config: Config, dtype: Any = jnp.float32
+) -> list[dict[str, jax.Array]]:
+  """Room for the keys and values of `length` positions."""
+  d = config.dim // config.heads
+  zeros = jnp.zeros((batch, length, config.kv_heads, d), dtype)
+  return [{'k': zeros, 'v': zeros} for _ in range(config.blocks)]
+
+
+def step(
+  params: Mapping[str, Any],
+  cache: Cache,
+  tokens: jax.Array,
+  position: jax.Array | int,
+  *,
+  config: Config = STORIES260K,
+) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
+  """What `apply` computes for the tokens that come next.
+
+  Args:
+    params: as `apply` takes them.
+    cache: keys and values of the positions before; see `empty_cache`.
+    tokens: (b, t), a whole prompt or one token.
+    position: of the first of them; position + t is at most the cache's length.
+
+  Returns:
+    Logits (b, t, vocab), and the cache with these positions.
+  """
+  t, length = tokens.shape[1], cache[0]['k'].shape[1]
+  angles = rope_angles(t, config.dim // config.heads, config.theta, position)
+  mask = jnp.arange(length) <= position + jnp.arange(t)[:, None]
+  table = params['embed']['embedding']
+  x = table[tokens]
+  grown = []
+  for p, past in zip(params['blocks'], cache, strict=True):
+    y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
+    q, k, v = _queries_keys_values(p['attention'], y, angles, config)
+    now = {
+      name: lax.dynamic_update_slice_in_dim(
+        past[name], new.astype(past[name].dtype), position, axis=1
+      )
+      for name, new in (('k', k), ('v', v))
+    }
+    grown.append(now)
+    keys, values = now['k'].astype(x.dtype), now['v'].astype(x.dtype)
+    x = x + _attention(p['attention'], q, keys, values, mask, config)
+    y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
+    x = x + _mlp(p['mlp'], y)
+  x = layers.rms_norm(params['norm'], x, epsilon=config.epsilon)
+  return x @ table.T, grown
 
 
 def from_flat(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -42,6 +42,21 @@ def causal(apply, params):
   return float(jnp.abs(a[:, :-1] - b[:, :-1]).max())
 
 
+def test_llama_step_by_step_equals_the_whole():
+  """A prompt, then single tokens, through the cache."""
+  params = llama.init(KEY, LLAMA)
+  tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, LLAMA.vocab)
+  whole = llama.apply(params, tokens, config=LLAMA)
+  step = jax.jit(functools.partial(llama.step, config=LLAMA))
+  cache = llama.empty_cache(2, 9, LLAMA)
+  logits, cache = step(params, cache, tokens[:, :4], 0)
+  found = [logits]
+  for i in range(4, 7):
+    logits, cache = step(params, cache, tokens[:, i : i + 1], i)
+    found.append(logits)
+  np.testing.assert_allclose(jnp.concatenate(found, 1), whole, atol=1e-5)
+
+
 def test_llama_is_causal():
   apply = functools.partial(llama.apply, config=LLAMA)
   assert causal(apply, llama.init(KEY, LLAMA)) < 1e-5
