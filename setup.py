@@ -29,6 +29,7 @@ EXTRAS = {
   'search': ['optuna>=5'],
   'interop': ['safetensors>=0.6'],
   'bench': ['qwix>=0.1.8', 'torch>=2.5'],
+  'llama': ['gguf>=0.10', 'llama-cpp-python>=0.3'],
   'test': [
     'beartype',
     'dm-haiku>=0.0.17',

@@ -16,5 +16,6 @@ from quantlab_kernels.quantize_activation import (
 )
 from quantlab_kernels.registry import choices as choices
 from quantlab_kernels.registry import explain as explain
+from quantlab_kernels.registry import use as use
 from quantlab_kernels.w4a8_matmul import w4a8_matmul as w4a8_matmul
 from quantlab_kernels.w4a16_matmul import w4a16_matmul as w4a16_matmul

@@ -9,7 +9,8 @@ one file. A backend has
   route(*operands, **options)     one line: how it would run, and why.
 
 `implementation=None` takes the first backend in the order of preference that
-does not refuse; a name means that backend or an error. The choice is made at
+does not refuse; a name means that backend or an error, as it does for all that
+is traced inside `use(name)`. The choice is made at
 trace time, from shapes, dtypes and the platform.
 """
 
@@ -30,6 +31,9 @@ PREFERENCE = ('cpu', 'mosaic', 'triton', 'xla', 'reference')
 _OPS: dict[str, 'Op'] = {}
 _LOG: contextvars.ContextVar[list['Choice'] | None] = contextvars.ContextVar(
   'quantlab_kernels_choices', default=None
+)
+_USED: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+  'quantlab_kernels_used', default=None
 )
 
 
@@ -100,7 +104,8 @@ class Op:
 
   def __call__(self, implementation: str | None, *operands, **options):
     """Runs the first backend that does not refuse, or raises every refusal."""
-    names = (implementation,) if implementation else self.names()
+    wanted = implementation or _USED.get()
+    names = (wanted,) if wanted else self.names()
     refusals: list[tuple[str, str]] = []
     for name in names:
       backend = self.backend(name)
@@ -146,6 +151,22 @@ def _recording() -> Iterator[list[Choice]]:
     yield log
   finally:
     _LOG.reset(token)
+
+
+@contextlib.contextmanager
+def use(implementation: str | None) -> Iterator[None]:
+  """What is traced inside takes this backend of every operation, or raises.
+
+  A call's own `implementation=` comes first. None changes nothing.
+
+  Args:
+    implementation: a backend's name, such as 'reference' or 'xla'.
+  """
+  token = _USED.set(implementation or _USED.get())
+  try:
+    yield
+  finally:
+    _USED.reset(token)
 
 
 def choices(op: Callable[..., Any], *args, **kwargs) -> list[Choice]:
