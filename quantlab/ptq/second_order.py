@@ -229,7 +229,7 @@ def _sweep(
       part, errors, rows, loss = inner
       g = groups[start + i]
       if rows.refit:
-        rows = _refit(rows, part, i, g)
+        rows = _refit(rows, part, i, g, start + i < k)
       q = rows.round(part[i], g)
       error = (part[i] - q) / local[i, i]
       part = (
@@ -253,11 +253,12 @@ def _sweep(
   return done[:k], rows, loss
 
 
-def _refit(rows: _Rows, part: Array, i: Array, g: Array) -> _Rows:
-  """Finds the scales of a group at its first row."""
+def _refit(rows: _Rows, part: Array, i: Array, g: Array, real: Array) -> _Rows:
+  """Finds the scales of a group at its first row; padding has none."""
   size = min(rows.group, part.shape[0])
 
   def fit(rows):
     return rows.fitted(lax.dynamic_slice_in_dim(part, i, size), g)
 
-  return lax.cond(i % rows.group == 0, fit, lambda rows: rows, rows)
+  first = (i % rows.group == 0) & real
+  return lax.cond(first, fit, lambda rows: rows, rows)
