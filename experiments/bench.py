@@ -20,11 +20,15 @@ from rich import box
 from rich import table as rich_table
 
 from experiments import command_line
-from experiments.benchmarks import second_order, trace
+from experiments.benchmarks import matmul, second_order, trace
 from quantlab import runtime
 
 # By name; a new one is a file in experiments/benchmarks and a line here.
-BENCHMARKS = {'trace': trace.run, 'second_order': second_order.run}
+BENCHMARKS = {
+  'matmul': matmul.run,
+  'second_order': second_order.run,
+  'trace': trace.run,
+}
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'What to measure.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go.')
