@@ -1,0 +1,324 @@
+"""Matrix products of this library, of XLA and of other engines, to be timed.
+
+A contestant multiplies x by R weights one after the other, in one call.
+"""
+
+import importlib.metadata
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import quantlab_kernels as kernels
+
+GROUP = 128  # of weights with four bits and fewer
+# A contestant for each number of rows.
+ByRows = Callable[[int], 'Contestant']
+
+
+class Contestant(NamedTuple):
+  """One engine with its weights.
+
+  Attributes:
+    run: all R products; takes and ignores one argument.
+    count: R.
+    nbytes: of one weight, scales included.
+  """
+
+  run: Callable[[Any], Any]
+  count: int
+  nbytes: int
+
+
+class Engine(NamedTuple):
+  """What another library multiplies.
+
+  Attributes:
+    about: version, and what was measured or why nothing was.
+    formats: by the name of our product at the same bits, a function of
+      (k, n, bytes to rotate through, generator of random numbers).
+  """
+
+  about: dict[str, Any]
+  formats: Mapping[str, Callable[..., ByRows]]
+
+
+def copies(nbytes: int, rotate: int) -> int:
+  """Weights that are together past the caches."""
+  return max(2, math.ceil(rotate / nbytes))
+
+
+def rows(rng: np.random.Generator, m: int, k: int) -> np.ndarray:
+  return rng.standard_normal((m, k), np.float32)
+
+
+# Products of this library, and XLA's own in float.
+
+
+def _a8(x):
+  q, scale, _ = kernels.quantize_activation(x)
+  return q, scale
+
+
+def _int8(x, w):
+  q, scale = _a8(x)
+  return kernels.int8_matmul(q, w[0], w_scale=w[1], x_scale=scale)
+
+
+def _packed(bits: int):
+  def product(x, w):
+    q, scale = _a8(x)
+    return kernels.w4a8_matmul(
+      q, w[0], w[1], bits=bits, group=GROUP if bits > 2 else None, x_scale=scale
+    )
+
+  return product
+
+
+def _random_packed(rng, k, n, bits):
+  groups = k // GROUP if bits > 2 else 1
+  scale = np.full((groups, n), k**-0.5, np.float32)
+  if bits == 2:  # codes -1, 0, 1
+    codes = rng.integers(-1, 2, (k // 4, 4, n), np.int8).view(np.uint8) & 3
+    packed = codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4
+    return (packed | codes[:, 3] << 6).astype(np.uint8), scale
+  return rng.integers(0, 256, (k * bits // 8, n), np.uint8), scale
+
+
+PRODUCTS: dict[str, tuple[Callable, Callable]] = {
+  'float32': (
+    lambda rng, k, n: rows(rng, k, n) * np.float32(k**-0.5),
+    lambda x, w: x @ w,
+  ),
+  'bfloat16': (
+    lambda rng, k, n: jnp.asarray(rows(rng, k, n) * k**-0.5, jnp.bfloat16),
+    lambda x, w: jnp.dot(
+      x.astype(jnp.bfloat16), w, preferred_element_type=jnp.float32
+    ),
+  ),
+  'w8a8': (
+    lambda rng, k, n: (
+      rng.integers(-127, 128, (k, n), np.int8),
+      np.full((1, n), k**-0.5 / 127, np.float32),
+    ),
+    _int8,
+  ),
+  'w4a8': (lambda rng, k, n: _random_packed(rng, k, n, 4), _packed(4)),
+  'ternary': (lambda rng, k, n: _random_packed(rng, k, n, 2), _packed(2)),
+}
+
+
+def ours(name: str, k: int, n: int, rotate: int, rng) -> ByRows:
+  """A product of `PRODUCTS`, chained in one jitted call."""
+  make, product = PRODUCTS[name]
+  first = jax.tree.map(jnp.asarray, make(rng, k, n))
+  nbytes = sum(a.nbytes for a in jax.tree.leaves(first))
+  rest = range(1, copies(nbytes, rotate))
+  weights = [first, *(jax.tree.map(jnp.asarray, make(rng, k, n)) for _ in rest)]
+
+  @jax.jit
+  def chain(x, weights):
+    y = None
+    for w in weights:
+      y = product(x, w)
+      x = x + 1e-30 * y[:, :1]  # each waits for the one before
+    return y
+
+  def by_rows(m: int) -> Contestant:
+    x = jnp.asarray(rows(rng, m, k))
+    compiled = chain.lower(x, weights).compile()
+    return Contestant(
+      lambda _: jax.block_until_ready(compiled(x, weights)),
+      len(weights),
+      nbytes,
+    )
+
+  return by_rows
+
+
+# Other engines.
+
+
+def available(names) -> dict[str, Engine]:
+  """The engines that a config names, with why one is absent."""
+  return {name: ENGINES[name]() for name in names}
+
+
+def _absent(package: str, error: Exception) -> Engine:
+  why = f"not compared: {error}; pip install 'quantlab[bench]'"
+  return Engine({'version': None, 'why': why, 'package': package}, {})
+
+
+def onnxruntime() -> Engine:
+  """MatMulInteger with dynamic activations; MatMulNBits in int8 arithmetic."""
+  try:
+    import onnx  # noqa: F401
+    import onnxruntime
+  except ImportError as error:
+    return _absent('onnxruntime', error)
+  about = {
+    'version': onnxruntime.__version__,
+    'why': 'MatMulInteger after DynamicQuantizeLinear; MatMulNBits in blocks '
+    'of 128 with accuracy level 4 (int8 activations), 4 and 2 bits',
+  }
+  return Engine(
+    about,
+    {
+      'w8a8': lambda *a: _onnx(_onnx_int8, *a),
+      'w4a8': lambda *a: _onnx(_onnx_bits(4), *a),
+      'ternary': lambda *a: _onnx(_onnx_bits(2), *a),
+    },
+  )
+
+
+def _onnx(add: Callable, k: int, n: int, rotate: int, rng) -> ByRows:
+  """One session of R products of the same rows."""
+  import onnxruntime as ort
+  from onnx import TensorProto, helper
+
+  nodes: list[Any] = []
+  weights: list[Any] = []
+  nbytes = add(nodes, weights, 0, k, n, rng)
+  count = copies(nbytes, rotate)
+  for i in range(1, count):
+    add(nodes, weights, i, k, n, rng)
+  value = helper.make_tensor_value_info
+  graph = helper.make_graph(
+    nodes,
+    'products',
+    [value('x', TensorProto.FLOAT, ['m', k])],
+    [value(f'y{i}', TensorProto.FLOAT, ['m', n]) for i in range(count)],
+    weights,
+  )
+  domains = [helper.make_opsetid(*d) for d in (('', 17), ('com.microsoft', 1))]
+  model = helper.make_model(graph, opset_imports=domains, ir_version=9)
+  options = ort.SessionOptions()
+  options.intra_op_num_threads = os.cpu_count() or 1
+  session = ort.InferenceSession(
+    model.SerializeToString(), options, providers=['CPUExecutionProvider']
+  )
+
+  def by_rows(m: int) -> Contestant:
+    x = rows(rng, m, k)
+    return Contestant(lambda _: session.run(None, {'x': x}), count, nbytes)
+
+  return by_rows
+
+
+def _onnx_int8(nodes, weights, i, k, n, rng) -> int:
+  from onnx import helper, numpy_helper
+
+  w = rng.integers(-127, 128, (k, n), np.int8)
+  scale = np.full((n,), k**-0.5 / 127, np.float32)
+  weights += [
+    numpy_helper.from_array(w, f'w{i}'),
+    numpy_helper.from_array(scale, f's{i}'),
+  ]
+  nodes += [
+    helper.make_node(op, ins, outs)
+    for op, ins, outs in (
+      ('DynamicQuantizeLinear', ['x'], [f'q{i}', f'xs{i}', f'xz{i}']),
+      ('MatMulInteger', [f'q{i}', f'w{i}', f'xz{i}'], [f'a{i}']),
+    )
+  ]
+  nodes += [
+    helper.make_node('Cast', [f'a{i}'], [f'f{i}'], to=1),
+    helper.make_node('Mul', [f's{i}', f'xs{i}'], [f't{i}']),
+    helper.make_node('Mul', [f'f{i}', f't{i}'], [f'y{i}']),
+  ]
+  return w.nbytes + scale.nbytes
+
+
+def _onnx_bits(bits: int) -> Callable:
+  def add(nodes, weights, i, k, n, rng) -> int:
+    from onnx import helper, numpy_helper
+
+    w = rng.integers(0, 256, (n, k // GROUP, GROUP * bits // 8), np.uint8)
+    scale = np.full((n, k // GROUP), k**-0.5, np.float32)
+    weights.extend(
+      (
+        numpy_helper.from_array(w, f'w{i}'),
+        numpy_helper.from_array(scale, f's{i}'),
+      )
+    )
+    nodes.append(
+      helper.make_node(
+        'MatMulNBits',
+        ['x', f'w{i}', f's{i}'],
+        [f'y{i}'],
+        domain='com.microsoft',
+        K=k,
+        N=n,
+        bits=bits,
+        block_size=GROUP,
+        accuracy_level=4,
+      )
+    )
+    return w.nbytes + scale.nbytes
+
+  return add
+
+
+def torch() -> Engine:
+  """Dynamic int8 linear layers; int4 weights with bfloat16 activations."""
+  try:
+    import torch
+  except ImportError as error:
+    return _absent('torch', error)
+  torch.set_num_threads(os.cpu_count() or 1)
+  about = {
+    'version': importlib.metadata.version('torch'),
+    'why': 'dynamic int8 Linear; _weight_int4pack_mm_for_cpu in groups of 128 '
+    'with bfloat16 activations',
+  }
+  formats = {'w4a8': lambda *a: _torch(torch, _torch_int4, *a)}
+  if hasattr(torch.ops, 'quantized'):
+    formats['w8a8'] = lambda *a: _torch(torch, _torch_int8, *a)
+  return Engine(about, formats)
+
+
+def _torch(torch, make: Callable, k: int, n: int, rotate: int, rng) -> ByRows:
+  first, nbytes, dtype = make(torch, k, n, rng)
+  count = copies(nbytes, rotate)
+  products = [first, *(make(torch, k, n, rng)[0] for _ in range(1, count))]
+
+  def by_rows(m: int) -> Contestant:
+    x = torch.from_numpy(rows(rng, m, k)).to(dtype)
+
+    def run(_):
+      with torch.inference_mode():
+        return [product(x) for product in products]
+
+    return Contestant(run, count, nbytes)
+
+  return by_rows
+
+
+def _torch_int8(torch, k, n, rng):
+  layer = torch.nn.Linear(k, n, bias=False)
+  layer.weight.data = torch.from_numpy(rows(rng, n, k) * np.float32(k**-0.5))
+  quantized = torch.ao.quantization.quantize_dynamic(
+    torch.nn.Sequential(layer), {torch.nn.Linear}, dtype=torch.qint8
+  )
+  return quantized, k * n + 4 * n, torch.float32
+
+
+def _torch_int4(torch, k, n, rng):
+  codes = torch.from_numpy(rng.integers(0, 16, (n, k), np.int32))
+  packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+  scales = torch.full((k // GROUP, n, 2), k**-0.5, dtype=torch.bfloat16)
+
+  def product(x):
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+
+  return product, k * n // 2 + scales.nbytes, torch.bfloat16
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+  'onnxruntime': onnxruntime,
+  'torch': torch,
+}
