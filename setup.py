@@ -68,7 +68,10 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=PACKAGES + KERNELS,
   package_dir={'quantlab_kernels': 'kernels'},
-  package_data={'quantlab': ['py.typed'], 'quantlab_kernels': ['py.typed']},
+  package_data={
+    'quantlab': ['py.typed'],
+    'quantlab_kernels': ['py.typed', 'cpu/source/*'],
+  },
   install_requires=INSTALL,
   extras_require=EXTRAS,
 )

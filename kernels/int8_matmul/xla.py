@@ -9,7 +9,8 @@ def route(x, w, x_scale, w_scale, x_zero, w_zero, *, transpose_w, out_dtype):
   """Says how it runs."""
   del x_scale, w_scale, out_dtype
   n = w.shape[0] if transpose_w else w.shape[1]
-  how = int_dot.describe(*x.shape, n, transpose_w)
+  m, k = x.shape
+  how = int_dot.describe(m, k, n, transpose_w)
   zeros = [s for s, z in (('x', x_zero), ('w', w_zero)) if z is not None]
   return how + (f', zero-point sums for {" and ".join(zeros)}' * bool(zeros))
 

@@ -1,0 +1,228 @@
+"""The product of the C++ kernels as a JAX function.
+
+Every array has three axes, (batch or 1, rows, columns). `vmap` folds its axis
+into the rows of x where the weight is not mapped, else into the batch, which
+the kernels walk without a copy. Scales may be differentiated, forward and
+backward: the tangent is computed by plain XLA, but for the scale of a row,
+which scales a product without it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
+
+from quantlab_kernels import int_dot
+from quantlab_kernels.cpu import library
+
+# Rows of x up to which codes are decoded within the product; as in vec.h.
+DIRECT = {'avx512vnni': 4, 'avxvnni': 3, 'avx2': 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What is static of a product; see `multiply`."""
+
+  bits: int
+  group: int
+  signed: bool
+  out: str
+  isa: str
+
+
+def refuses(x: jax.Array, w: jax.Array) -> str | None:
+  """Returns why the kernels cannot multiply x by w, or None."""
+  if jax.default_backend() != 'cpu':
+    return f'the kernels run on cpu, the platform is {jax.default_backend()}'
+  if not (int_dot.on_one_cpu() or _is_local()):
+    return (
+      f'{jax.device_count()} devices: an operand that is sharded would be '
+      'gathered, and whether one is cannot be seen here; use shard_map'
+    )
+  if not (x.size and w.size):
+    return 'an operand is empty'
+  return library.unavailable()
+
+
+def _is_local() -> bool:
+  """Whether this is traced inside shard_map, on the shards of one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def route(x: jax.Array, bits: int, x_zero: jax.Array | None = None) -> str:
+  """Says in words how `multiply` runs."""
+  isa = library.isa()
+  rows = x.shape[0] + (x_zero is not None)
+  when = (
+    'within the product'
+    if rows <= DIRECT[isa]
+    else 'once for all rows, strip by strip'
+  )
+  return f'C++ on {isa}, {bits}-bit codes decoded {when}'
+
+
+def multiply(
+  x: Int8[Array, 'm k'],
+  w: UInt8[Array, 'kp n'] | Int8[Array, 'k n'],
+  scale: Float[Array, 'g n'] | None,
+  zero: Int[Array, 'g n'] | None,
+  x_scale: Float[Array, 'm #g'] | None,
+  x_zero: Int[Array, 'm #g'] | None,
+  table: Int8[Array, ' codes'] | None = None,
+  *,
+  bits: int,
+  group: int,
+  signed: bool,
+  otherwise: Callable[..., jax.Array] | None,
+) -> Float[Array, 'm n'] | Int32[Array, 'm n']:
+  """Multiplies int8 rows by codes; see `w4a8_matmul` for the equations.
+
+  Args:
+    x: rows.
+    w: codes, packed along K.
+    scale, zero, x_scale, x_zero: as there, of two axes.
+    table: what the codes stand for; None is themselves.
+    bits: width of a code.
+    group: codes that share a scale.
+    signed: codes are two's complement.
+    otherwise: the same product of (x, w, scale, zero, x_scale, x_zero, table)
+      in plain JAX, for tangents; None gives the unscaled int32 sums of a
+      single group.
+
+  Returns:
+    float32 y, or int32 sums.
+  """
+  out = 'int32' if otherwise is None else 'float32'
+  call = _mapped(Spec(bits, group, signed, out, library.isa()))
+  if table is not None:
+    table = table[None]
+
+  def fast(*operands):
+    lifted = jax.tree.map(lambda a: a[None], operands)
+    return call(*lifted)[0]
+
+  operands = (x, w, scale, zero, x_scale, x_zero, table)
+  if otherwise is None:
+    return fast(*operands)
+  return _differentiable(fast, otherwise)(*operands)
+
+
+def _differentiable(fast, otherwise):
+  """`fast` with the derivatives of `otherwise` along its scales."""
+  f = jax.custom_jvp(fast)
+
+  def jvp(primals, tangents):
+    x, w, scale, zero, x_scale, x_zero, table = primals
+    along, along_x = tangents[2], tangents[4]
+    y = f(*primals)
+    if isinstance(along_x, SymbolicZero) or x_scale is None:
+      along_x = None
+    if isinstance(along, SymbolicZero) or scale is None:
+      along = None
+    dy = jnp.zeros_like(y)
+    if along_x is not None and x_scale.shape[1] == 1:
+      dy += along_x * f(x, w, scale, zero, None, x_zero, table)
+      along_x = None
+    if along is None and along_x is None:
+      return y, dy
+
+    def slow(s, sx):
+      s = scale if s is None else s
+      sx = x_scale if sx is None else sx
+      return otherwise(x, w, s, zero, sx, x_zero, table)
+
+    at = (
+      None if along is None else scale,
+      None if along_x is None else x_scale,
+    )
+    return y, dy + jax.jvp(slow, at, (along, along_x))[1]
+
+  f.defjvp(jvp, symbolic_zeros=True)
+  return f
+
+
+@functools.cache
+def _mapped(spec: Spec):
+  """The call on batches, with its rule for `vmap`."""
+
+  @custom_vmap
+  def call(*operands):
+    return _call(spec, *operands)
+
+  @call.def_vmap
+  def rule(size, mapped, *operands):
+    x, w, scale, zero, x_scale, x_zero, table = operands
+    over = [any(jax.tree.leaves(m)) for m in mapped]
+    shared = not any(over[i] for i in (1, 2, 3, 6))
+    if shared and _batch(operands, over) == 1:
+      m = x.shape[-2]
+      fold = lambda a, o: None if a is None else _spread(a, o, size)  # noqa: E731
+      rows = [
+        fold(a, o)
+        for a, o in zip(
+          (x, x_scale, x_zero), (over[0], *over[4:6]), strict=True
+        )
+      ]
+      rows = [
+        None if a is None else a.reshape(1, size * m, a.shape[-1]) for a in rows
+      ]
+      y = call(rows[0], w, scale, zero, rows[1], rows[2], table)
+      return y.reshape(size, 1, m, y.shape[-1]), True
+    batch = _batch(operands, over)
+    merged = [
+      None if a is None else _merge(a, o, size, batch)
+      for a, o in zip(operands, over, strict=True)
+    ]
+    y = call(*merged)
+    return y.reshape(size, batch, *y.shape[1:]), True
+
+  return call
+
+
+def _batch(operands, over) -> int:
+  """The batch of a call, before the mapped axis in front."""
+  return max(
+    a.shape[int(o)]
+    for a, o in zip(operands, over, strict=True)
+    if a is not None
+  )
+
+
+def _spread(a, over, size):
+  return a if over else jnp.broadcast_to(a, (size, *a.shape))
+
+
+def _merge(a, over, size, batch):
+  """Merges the mapped axis into the batch; what is of neither stays one."""
+  if not over and a.shape[0] == 1:
+    return a
+  a = _spread(a, over, size)
+  a = jnp.broadcast_to(a, (size, batch, *a.shape[2:]))
+  return a.reshape(size * batch, *a.shape[2:])
+
+
+def _call(spec: Spec, x, w, scale, zero, x_scale, x_zero, table):
+  operands = (x, w, scale, zero, x_scale, x_zero, table)
+  batch = max(a.shape[0] for a in operands if a is not None)
+  shape = (batch, x.shape[1], w.shape[2])
+  dtypes = (None, None, *('float32', 'int32') * 2, 'int8')
+  given = [
+    jnp.zeros((0, 0, 0), d) if a is None else a
+    for a, d in zip(operands, dtypes, strict=True)
+  ]
+  return jax.ffi.ffi_call(
+    library.TARGET, jax.ShapeDtypeStruct(shape, jnp.dtype(spec.out))
+  )(
+    *given,
+    bits=np.int64(spec.bits),
+    group=np.int64(spec.group),
+    is_signed=np.bool_(spec.signed),
+    isa=np.int64(library.ISAS[spec.isa]),
+  )

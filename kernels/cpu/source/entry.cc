@@ -1,0 +1,127 @@
+// What XLA calls.
+#include <cstdint>
+#include <string>
+
+#include "run.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace quantlab {
+namespace {
+
+const Kernels* kernels_of(int64_t isa) {
+  switch (isa) {
+    case 1:
+      return &avx2_kernels();
+    case 2:
+      return &avxvnni_kernels();
+    case 4:
+      return &avx512vnni_kernels();
+  }
+  return nullptr;
+}
+
+// Operand number `b` of a batch (1 or batch, rows, columns); null when empty.
+struct Operand {
+  explicit Operand(const ffi::AnyBuffer& buffer) : data(buffer.untyped_data()) {
+    const auto d = buffer.dimensions();
+    if (d.size() != 3) return;
+    batch = d[0], rows = d[1], columns = d[2];
+    width = ffi::ByteWidth(buffer.element_type());
+  }
+  bool empty() const { return batch * rows * columns == 0; }
+  template <typename T>
+  T* at(int64_t b) const {
+    if (empty()) return nullptr;
+    auto* p = static_cast<char*>(data);
+    return reinterpret_cast<T*>(p + (batch > 1 ? b : 0) * rows * columns * width);
+  }
+  bool is(int64_t b, int64_t r, int64_t c) const {
+    return (batch == 1 || batch == b) && rows == r && columns == c;
+  }
+
+  void* data;
+  int64_t batch = 0, rows = 0, columns = 0, width = 0;
+};
+
+ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
+                    ffi::AnyBuffer scale_, ffi::AnyBuffer zero_,
+                    ffi::AnyBuffer x_scale_, ffi::AnyBuffer x_zero_,
+                    ffi::AnyBuffer table_, ffi::Result<ffi::AnyBuffer> y_,
+                    int64_t bits, int64_t group, bool is_signed, int64_t isa) {
+  const Operand x(x_), w(w_), scale(scale_), zero(zero_), x_scale(x_scale_),
+      x_zero(x_zero_), table(table_), y(*y_);
+  const Kernels* const kernels = kernels_of(isa);
+  const int64_t groups = group > 0 ? (x.columns + group - 1) / group : 0;
+  const int64_t batch = y.batch;
+  auto per_column = [&](const Operand& o) {
+    return o.empty() || o.is(batch, groups, y.columns);
+  };
+  auto per_row = [&](const Operand& o) {
+    return o.empty() || o.is(batch, x.rows, o.columns > 1 ? groups : 1);
+  };
+  const bool fits =
+      kernels && groups > 0 && bits >= 1 && bits <= 8 &&
+      x.is(batch, y.rows, x.columns) && w.is(batch, w.rows, y.columns) &&
+      w.rows * 8 >= x.columns * bits && per_column(scale) && per_column(zero) &&
+      per_row(x_scale) && per_row(x_zero) &&
+      (table.empty() || table.is(batch, 1, int64_t{1} << bits));
+  if (!fits)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "quantlab: shapes of a product do not fit");
+  Product a{};
+  a.m = x.rows, a.k = x.columns, a.n = y.columns;
+  a.group = group, a.groups = groups;
+  a.bits = bits, a.is_signed = is_signed;
+  a.code_rows = w.rows;
+  a.x_scales = x_scale.columns, a.x_zeros = x_zero.columns;
+  const bool floats = y_->element_type() == ffi::DataType::F32;
+  const int64_t threads = pool.num_threads();
+  for (int64_t b = 0; b < batch; ++b) {
+    a.x = x.at<int8_t>(b), a.codes = w.at<uint8_t>(b);
+    a.table = table.at<int8_t>(b);
+    a.scale = scale.at<float>(b), a.zero = zero.at<int32_t>(b);
+    a.x_scale = x_scale.at<float>(b), a.x_zero = x_zero.at<int32_t>(b);
+    a.y = floats ? y.at<float>(b) : nullptr;
+    a.sums = floats ? nullptr : y.at<int32_t>(b);
+    multiply(*kernels, a, pool, threads);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace quantlab
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_multiply, quantlab::Multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("is_signed")
+                                  .Attr<int64_t>("isa"));
+
+// The instruction sets of this machine, as bits.
+extern "C" int64_t quantlab_isas() {
+  __builtin_cpu_init();
+  int64_t found = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    found |= 1;
+    unsigned a, b, c, d;
+    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
+    if (a >> 4 & 1) found |= 2;  // AVX-VNNI; leaf 7.1 is 0 where there is none
+  }
+  if (__builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    found |= 4;
+  return found;
+}

@@ -1,0 +1,530 @@
+// The kernels of one instruction set; compiled once for each.
+//
+// No header of the C++ library here: the linker keeps one copy of an inline
+// function, and it might keep one with instructions the machine lacks.
+#include <string.h>
+
+#include "decode.h"
+#include "product.h"
+
+namespace quantlab {
+namespace {
+
+constexpr int64_t kStrip = 32 * 1024;   // bytes of decoded weight at a time
+constexpr int64_t kSums = 512 * 1024;   // bytes of sums of one task
+constexpr int64_t kRows = 48 * kTile;   // rows of x of one task, at most
+constexpr int64_t kPanel = 512;         // columns of one task, at most
+// For so few rows that the weight is read at the speed of memory: wide runs,
+// and the next block, fetched into L2 while this one is multiplied.
+constexpr int64_t kWide = 2048;
+constexpr int64_t kFetched = 128 * 1024;
+
+QL_INLINE int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+QL_INLINE int64_t max_(int64_t a, int64_t b) { return a > b ? a : b; }
+QL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+QL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// Modulo 2^32, as the vectors are.
+QL_INLINE int32_t times(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) *
+                              static_cast<uint32_t>(b));
+}
+QL_INLINE int32_t minus(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) -
+                              static_cast<uint32_t>(b));
+}
+
+// ---- products -------------------------------------------------------------
+
+template <int R>
+QL_INLINE void begin(I (&sum)[R][4], const int32_t* out, bool more) {
+  if (more)
+    each<R * 4>([&](auto i) QL_NOW {
+      sum[i / 4][i % 4] = load(out + i * kWidth / 4);
+    });
+  else
+    each<R * 4>([&](auto i) QL_NOW { sum[i / 4][i % 4] = zeros(); });
+}
+
+// R rows of activations by decoded words; no call in here, or the compiler
+// spills the sums.
+template <int R>
+QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
+                          const int32_t* x, int64_t stride) {
+  for (int64_t i = 0; i < words; ++i, w += 4 * kWidth) {
+    I v[4];
+    each<4>([&](auto j) QL_NOW { v[j] = load(w + j * kWidth); });
+    each<R>([&](auto r) QL_NOW {
+      const X a = spread(x[r * stride + i]);
+      each<4>([&](auto j) QL_NOW { sum[r][j] = dot(sum[r][j], v[j], a); });
+    });
+  }
+}
+
+template <int R>
+__attribute__((noinline)) void tile(const uint8_t* w, int64_t words,
+                                    const int32_t* x, int64_t stride,
+                                    int32_t* out, bool more) {
+  I sum[R][4];
+  begin<R>(sum, out, more);
+  accumulate<R>(sum, w, words, x, stride);
+  each<R * 4>([&](auto i) QL_NOW {
+    store(out + i * kWidth / 4, sum[i / 4][i % 4]);
+  });
+}
+
+// Where the last sums of a group go: y (+)= scale (sum - zero x_sum).
+struct Onto {
+  const int32_t* x_sums;  // of the rows, `groups` apart
+  int64_t groups;
+  int offset;
+  const I *zero, *scale;
+  float* y;
+  bool first;
+};
+
+template <int R, bool kZero>
+__attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
+                                         const int32_t* x, int64_t stride,
+                                         const int32_t* sums, bool more,
+                                         const Onto& to) {
+  I sum[R][4];
+  begin<R>(sum, sums, more);
+  accumulate<R>(sum, w, words, x, stride);
+  each<R>([&](auto r) QL_NOW {
+    const int32_t x_sum = to.x_sums[r * to.groups];
+    const I by = ::words(kZero ? x_sum : times(to.offset, x_sum));
+    each<4>([&](auto j) QL_NOW {
+      float* const y = to.y + r * kWidth + j * kWidth / 4;
+      const F f = floats(sub(sum[r][j], kZero ? mul(to.zero[j], by) : by));
+      const F scale = cast_f(to.scale[j]);
+      store_f(y, to.first ? mul_f(f, scale) : fma_f(f, scale, load_f(y)));
+    });
+  });
+}
+
+// The same from the codes: for so few rows that decoding once is enough.
+template <int R, int P, bool kTable>
+__attribute__((noinline)) void direct(Codes c, Ahead& ahead, const int32_t* x,
+                                      int64_t stride, int32_t* out,
+                                      bool more) {
+  constexpr int kBits = 8 / P;
+  // With registers to spare the planes are masked where they lie, so that
+  // plane p sums 2^(p kBits) times its products: no shifts of codes.
+  constexpr bool kApart = !kTable && P > 1 && R * P <= (kWidth == 64 ? 6 : 2);
+  const I table = kTable ? table16(c.table) : zeros();
+  Ahead fetch = ahead;
+  I sum[kApart ? P : 1][R][4];
+  begin<R>(sum[0], out, more);
+  if constexpr (kApart)
+    each<P - 1>([&](auto p) QL_NOW { begin<R>(sum[p + 1], out, false); });
+  for (; c.rows > 0; c.rows -= 4, c.p += 4 * c.stride, x += P) {
+    I v[4];
+    interleave(c.p, c.stride, c.rows, v);
+    fetch.fetch();
+    each<P>([&](auto p) QL_NOW {
+      X a[R];
+      each<R>([&](auto r) QL_NOW { a[r] = spread(x[r * stride + p]); });
+      const int mask = ((1 << kBits) - 1) << (kApart ? kBits * p : 0);
+      const I flip = bytes(c.flip & mask);
+      each<4>([&](auto j) QL_NOW {
+        const I w = kApart ? pick(v[j], bytes(mask), flip)
+                           : plane<P, kTable>(v[j], p, flip, table);
+        each<R>([&](auto r) QL_NOW {
+          I& s = sum[kApart ? p : 0][r][j];
+          s = dot(s, w, a[r]);
+        });
+      });
+    });
+  }
+  ahead = fetch;
+  each<R * 4>([&](auto i) QL_NOW {
+    I s = sum[0][i / 4][i % 4];
+    if constexpr (kApart)
+      each<P - 1>([&](auto p) QL_NOW {
+        s = add(s, shift_sum<(p + 1) * kBits>(sum[p + 1][i / 4][i % 4]));
+      });
+    store(out + i * kWidth / 4, s);
+  });
+}
+
+using Tile = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
+                      int32_t*, bool);
+using Decode = void (*)(Codes, Ahead&, uint8_t*);
+using Direct = void (*)(Codes, Ahead&, const int32_t*, int64_t, int32_t*, bool);
+
+template <int R>
+constexpr Tile tile_or_last = tile<(R <= kTile ? R : kTile)>;
+constexpr Tile kTiles[] = {tile_or_last<1>, tile_or_last<2>, tile_or_last<3>,
+                           tile_or_last<4>, tile_or_last<5>, tile_or_last<6>};
+
+using TileOnto = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
+                          const int32_t*, bool, const Onto&);
+template <int R, bool Z>
+constexpr TileOnto onto_or_last = tile_onto<(R <= kTile ? R : kTile), Z>;
+template <bool Z>
+constexpr TileOnto kTilesOnto[] = {onto_or_last<1, Z>, onto_or_last<2, Z>,
+                                   onto_or_last<3, Z>, onto_or_last<4, Z>,
+                                   onto_or_last<5, Z>, onto_or_last<6, Z>};
+
+template <int P, bool T>
+struct Decoder {
+  template <int R>
+  static constexpr Direct at_most = direct<(R <= kDirect ? R : kDirect), P, T>;
+  static constexpr Direct directs[] = {at_most<1>, at_most<2>, at_most<3>,
+                                       at_most<4>};
+};
+template <int P, bool T>
+constexpr Direct Decoder<P, T>::directs[];
+
+template <int P>
+Decode decode_of(bool table) {
+  return table ? decode<P, true> : decode<P, false>;
+}
+template <int P>
+Direct direct_of(bool table, int64_t rows) {
+  return table ? Decoder<P, true>::directs[rows - 1]
+               : Decoder<P, false>::directs[rows - 1];
+}
+
+// ---- plan and activations --------------------------------------------------
+
+struct Group {
+  int64_t k0, k1, row0, rows;  // rows of bytes, or of unpacked codes
+};
+
+QL_INLINE Group group_at(const Product& a, const Plan& plan, int64_t g) {
+  Group r;
+  r.k0 = g * a.group;
+  r.k1 = min_(r.k0 + a.group, a.k);
+  r.row0 = r.k0 / plan.planes;
+  r.rows = ceil_div(r.k1, plan.planes) - r.row0;
+  return r;
+}
+
+Plan plan(const Product& a, int64_t threads) {
+  Plan p;
+  p.unpack = a.bits != 8 && a.bits != 4 && a.bits != 2;
+  p.planes = p.unpack ? 1 : 8 / a.bits;
+  const int64_t group = min_(a.group, a.k);
+  const bool whole = a.groups == 1 || group % p.planes == 0;
+  p.steps = ceil_div(ceil_div(group, p.planes) + !whole, 4);
+  // A stride of 4096 bytes would send all rows of a tile to one set of L1.
+  p.stride = round_up(a.groups * p.steps * p.planes, 16) + 16;
+  p.ones = a.x_zero != nullptr;
+  p.rows = round_up(ceil_div(a.m, ceil_div(a.m, kRows)), kTile);
+  p.direct = a.m + p.ones <= kDirect;
+  const int64_t fits = kSums / (8 * (p.rows + p.ones)) / kWidth * kWidth;
+  const int64_t widest = max_(min_(p.direct ? kWide : kPanel, fits), kWidth);
+  const int64_t panels = round_up(ceil_div(a.n, widest), threads);
+  p.panel = round_up(ceil_div(a.n, panels), kWidth);
+  p.block = p.direct ? kFetched / (4 * p.panel) : kStrip / (4 * kWidth * p.planes);
+  p.block = ceil_div(p.steps, ceil_div(p.steps, p.block));
+  const int64_t strips = p.panel / kWidth;
+  p.x_bytes = 4 * p.stride * (a.m + p.ones) + 64;
+  p.sum_bytes = 4 * a.groups * a.m;
+  p.work_bytes = 4 * kWidth * p.block * p.planes +    // decoded strip
+                 2 * kWidth * (4 * p.block + 16) +    // copied, unpacked
+                 4 * kWidth * strips * (2 * p.rows + p.ones) + 256;
+  return p;
+}
+
+template <int P>
+void prepare_row(const Product& a, const Plan& plan, const int8_t* x,
+                 uint8_t* out, int32_t* sums, const int32_t* zero) {
+  // Sixteen codes to words of one plane each: byte 4 p + i from code P i + p.
+  uint8_t order[16];
+  for (int t = 0; t < 16; ++t)
+    order[t / (4 * P) * (4 * P) + t % P * 4 + t % (4 * P) / P] = t;
+  const __m128i by = _mm_loadu_si128(reinterpret_cast<__m128i*>(order));
+  const __m128i top = _mm_set1_epi8(-128);
+  for (int64_t g = 0; g < a.groups; ++g) {
+    const Group group = group_at(a, plan, g);
+    const int64_t size = 4 * P * plan.steps, count = group.k1 - group.k0;
+    uint8_t* const d = out + g * size;
+    if (count != size) memset(d, 0, size);
+    const int64_t skip = group.k0 - P * group.row0;
+    int64_t i = 0, sum = 0;
+    __m128i total = _mm_setzero_si128();
+    for (; !skip && i + 16 <= count; i += 16) {
+      const __m128i v = _mm_loadu_si128(
+          reinterpret_cast<const __m128i*>(x + group.k0 + i));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(d + i),
+                       _mm_shuffle_epi8(v, by));
+      total = _mm_add_epi64(
+          total, _mm_sad_epu8(_mm_xor_si128(v, top), _mm_setzero_si128()));
+    }
+    sum = _mm_cvtsi128_si64(total) + _mm_extract_epi64(total, 1) - 128 * i;
+    for (; i < count; ++i) {
+      const int64_t t = i + skip;
+      d[t / (4 * P) * (4 * P) + t % P * 4 + t % (4 * P) / P] =
+          static_cast<uint8_t>(x[group.k0 + i]);
+      sum += x[group.k0 + i];
+    }
+    if (!sums) continue;
+    sums[g] = static_cast<int32_t>(sum);
+    if (zero)
+      sums[g] = minus(sums[g], times(static_cast<int32_t>(count),
+                                     zero[a.x_zeros > 1 ? g : 0]));
+  }
+}
+
+void prepare(const Product& a, const Plan& plan, int64_t begin, int64_t end,
+             int32_t* x, int32_t* sums) {
+  auto row = plan.planes == 1   ? prepare_row<1>
+             : plan.planes == 2 ? prepare_row<2>
+                                : prepare_row<4>;
+  for (int64_t r = begin; r < end; ++r) {
+    uint8_t* out = reinterpret_cast<uint8_t*>(x + (r + plan.ones) * plan.stride);
+    row(a, plan, a.x + r * a.k, out, sums + r * a.groups,
+        a.x_zero ? a.x_zero + r * a.x_zeros : nullptr);
+  }
+  if (!plan.ones || begin != 0) return;
+  // The row of ones, which sums the weights: a one where there is a code.
+  uint8_t* out = reinterpret_cast<uint8_t*>(x);
+  const int64_t size = 4 * plan.planes * plan.steps, P = plan.planes;
+  memset(out, 0, size * a.groups);
+  for (int64_t g = 0; g < a.groups; ++g) {
+    const Group group = group_at(a, plan, g);
+    for (int64_t k = group.k0; k < group.k1; ++k) {
+      const int64_t t = k - P * group.row0;
+      out[g * size + t / (4 * P) * (4 * P) + t % P * 4 + t % (4 * P) / P] = 1;
+    }
+  }
+}
+
+// ---- one task ---------------------------------------------------------------
+
+// Words of the columns of a strip, in the order of the lanes.
+QL_INLINE void lanes_of(const void* p, int64_t columns, I (&v)[4]) {
+  alignas(64) int32_t padded[kWidth];
+  if (columns < kWidth) {
+    memset(padded, 0, sizeof padded);
+    memcpy(padded, p, 4 * columns);
+    p = padded;
+  }
+  for (int j = 0; j < 4; ++j)
+    v[j] = load(static_cast<const int32_t*>(p) + j * kWidth / 4);
+  to_lanes(v);
+}
+
+// A block of steps within a group.
+struct Block {
+  int64_t group;
+  const int32_t* x;
+  bool more, last;  // not the first, the last of its group
+};
+
+// What a group's columns are corrected and scaled by.
+struct Columns {
+  int offset;
+  int64_t x_zero;
+  I zero[4], scale[4];
+};
+
+struct Task {
+  const Product& a;
+  const Plan& plan;
+  const int32_t* x;
+  const int32_t* x_sums;
+  int64_t m0, m1, n0, n1;
+  uint8_t *decoded, *copied, *unpacked;
+  int32_t* sums;  // (strips where a group is several blocks, rows, kWidth)
+  float* y;       // (strips, rows, kWidth)
+  uint8_t table[16];
+  Ahead ahead;
+
+  int64_t rows() const { return m1 - m0; }
+  int64_t ones() const { return plan.ones * kWidth; }
+
+  Columns columns_of(int64_t g, int64_t n, int64_t columns) const {
+    Columns c{};
+    c.offset = a.table ? 128 : a.is_signed ? 1 << (a.bits - 1) : 0;
+    c.x_zero = a.x_zeros > 1 ? g : 0;
+    if (a.scale) lanes_of(a.scale + g * a.n + n, columns, c.scale);
+    if (!a.zero) return c;
+    lanes_of(a.zero + g * a.n + n, columns, c.zero);
+    for (int j = 0; j < 4; ++j) c.zero[j] = add(c.zero[j], words(c.offset));
+    return c;
+  }
+
+  // The rows of bytes of a strip: in place, or copied where it is narrow.
+  Codes codes(int64_t row, int64_t count, int64_t n, int64_t columns) {
+    const int bits = static_cast<int>(a.bits);
+    const int flip = a.table || !a.is_signed ? 0
+                     : plan.unpack           ? 1 << (bits - 1)
+                     : bits == 8             ? 0x80
+                     : bits == 4             ? 0x88
+                                             : 0xAA;
+    Codes c{nullptr, a.n, count, flip, table};
+    const int64_t unit = plan.unpack ? row / 8 : 0;
+    const int64_t first = plan.unpack ? unit * bits : row;
+    const int64_t size =
+        plan.unpack ? (ceil_div(row + count, 8) - unit) * bits : count;
+    c.p = a.codes + first * a.n + n;
+    if (columns < kWidth) {
+      for (int64_t r = 0; r < size; ++r) {
+        memcpy(copied + r * kWidth, c.p + r * a.n, columns);
+        memset(copied + r * kWidth + columns, 0, kWidth - columns);
+      }
+      c.p = copied, c.stride = kWidth;
+    }
+    if (plan.unpack) {
+      unpack(c.p, c.stride, bits, row - 8 * unit, count, unpacked);
+      c.p = unpacked, c.stride = kWidth;
+    }
+    return c;
+  }
+
+  // One block of one strip: integer sums of every row, and, where it is the
+  // last of its group, what they add to y.
+  void block(const Block& b, Codes c, const Columns& by, int32_t* sums,
+             float* y) {
+    const bool t = a.table != nullptr;
+    const int64_t count = rows() + plan.ones;
+    if (plan.direct) {
+      Direct f = plan.planes == 1   ? direct_of<1>(t, count)
+                 : plan.planes == 2 ? direct_of<2>(t, count)
+                                    : direct_of<4>(t, count);
+      f(c, ahead, b.x, plan.stride, sums, b.more);
+      if (b.last) scale(b.group, by, 0, rows(), sums, sums + ones(), y);
+      return;
+    }
+    Decode f = plan.planes == 1   ? decode_of<1>(t)
+               : plan.planes == 2 ? decode_of<2>(t)
+                                  : decode_of<4>(t);
+    const int64_t words = ceil_div(c.rows, 4) * plan.planes;
+    f(c, ahead, decoded);
+    if (plan.ones) kTiles[0](decoded, words, b.x, plan.stride, sums, b.more);
+    const int32_t* x = b.x + (plan.ones + m0) * plan.stride;
+    int32_t* out = sums + ones();
+    const bool simple = a.scale && a.y && !a.x_zero && !(a.x_scale && a.x_scales > 1);
+    for (int64_t r = 0; r < rows(); r += kTile, x += kTile * plan.stride) {
+      const int64_t many = min_(rows() - r, kTile);
+      if (b.last && simple) {
+        const Onto to{x_sums + (m0 + r) * a.groups + b.group, a.groups,
+                      by.offset, by.zero, by.scale, y + r * kWidth,
+                      b.group == 0};
+        (a.zero ? kTilesOnto<true> : kTilesOnto<false>)[many - 1](
+            decoded, words, x, plan.stride, out, b.more, to);
+        out += kTile * kWidth;
+        continue;
+      }
+      kTiles[many - 1](decoded, words, x, plan.stride, out, b.more);
+      if (b.last) scale(b.group, by, r, r + many, sums, out, y + r * kWidth);
+      if (b.more || !b.last) out += kTile * kWidth;
+    }
+  }
+
+  // Sums of rows [r0, r1) of one group, corrected and scaled, onto y.
+  void scale(int64_t g, const Columns& by, int64_t r0, int64_t r1,
+             const int32_t* ones, const int32_t* in, float* out) {
+    const bool apart = a.x_scale && a.x_scales > 1;
+    for (int64_t r = m0 + r0; r < m0 + r1; ++r, in += kWidth, out += kWidth) {
+      const int32_t x_sum = x_sums[r * a.groups + g];
+      const int32_t z = a.x_zero ? a.x_zero[r * a.x_zeros + by.x_zero] : 0;
+      const F s = spread_f(apart ? a.x_scale[r * a.x_scales + g] : 1.0f);
+      each<4>([&](auto j) QL_NOW {
+        I v = load(in + j * kWidth / 4);
+        if (a.zero)
+          v = sub(v, mul(by.zero[j], words(x_sum)));
+        else
+          v = sub(v, words(times(by.offset, x_sum)));
+        if (a.x_zero) v = sub(v, mul(words(z), load(ones + j * kWidth / 4)));
+        float* const o = out + j * kWidth / 4;
+        if (a.sums) return store(o, v);
+        F f = floats(v);
+        if (apart && a.scale) f = mul_f(f, cast_f(by.scale[j]));
+        const F t = apart || !a.scale ? s : cast_f(by.scale[j]);
+        store_f(o, g ? fma_f(f, t, load_f(o)) : mul_f(f, t));
+      });
+    }
+  }
+
+  // The finished strip, in the order of its columns.
+  void write(int64_t n, int64_t columns, const float* in) {
+    float* const y = a.sums ? reinterpret_cast<float*>(a.sums) : a.y;
+    alignas(64) float padded[kWidth];
+    for (int64_t r = 0; r < rows(); ++r, in += kWidth) {
+      I v[4];
+      for (int j = 0; j < 4; ++j) v[j] = load(in + j * kWidth / 4);
+      from_lanes(v);
+      float* out = y + (m0 + r) * a.n + n;
+      float* const o = columns < kWidth ? padded : out;
+      const bool shared = a.x_scale && a.x_scales == 1;
+      const F s = spread_f(shared ? a.x_scale[m0 + r] : 1.0f);
+      for (int j = 0; j < 4; ++j) {
+        if (shared)
+          store_f(o + j * kWidth / 4, mul_f(cast_f(v[j]), s));
+        else
+          store(o + j * kWidth / 4, v[j]);
+      }
+      if (o == padded) memcpy(out, padded, 4 * columns);
+    }
+  }
+
+  void run() {
+    const int64_t strip = kWidth * (rows() + plan.ones);
+    const bool apart = plan.steps > plan.block;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const Group group = group_at(a, plan, g);
+      for (int64_t s = 0; 4 * s < group.rows; s += plan.block) {
+        const int64_t row = group.row0 + 4 * s;
+        const int64_t count = min_(4 * plan.block, group.rows - 4 * s);
+        const Block b{g, x + (g * plan.steps + s) * plan.planes, s > 0,
+                      4 * s + count == group.rows};
+        fetch_after(row + count);
+        for (int64_t n = n0, i = 0; n < n1; n += kWidth, ++i) {
+          const int64_t columns = min_(kWidth, n1 - n);
+          const Columns by = b.last ? columns_of(g, n, columns) : Columns{};
+          float* const to = y + i * kWidth * rows();
+          block(b, codes(row, count, n, columns), by,
+                sums + (apart ? i * strip : 0), to);
+          if (b.last && g == a.groups - 1) write(n, columns, to);
+        }
+      }
+    }
+  }
+
+  // Lets the next block of codes be fetched while this one is multiplied.
+  void fetch_after(int64_t row) {
+    ahead = Ahead{};
+    if (plan.unpack) return;
+    ahead.p = a.codes + row * a.n + n0;
+    ahead.stride = a.n;
+    ahead.lines = ahead.left = ceil_div(n1 - n0, 64);
+    ahead.rows = min_(a.code_rows - row, 4 * plan.block);
+  }
+};
+
+void task(const Product& a, const Plan& plan, const int32_t* x,
+          const int32_t* x_sums, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+          void* work) {
+  Task t{a, plan, x, x_sums, m0, m1, n0, n1, 0, 0, 0, 0, 0, {}, {}};
+  uint8_t* p = static_cast<uint8_t*>(work);
+  p += 63 & -reinterpret_cast<uintptr_t>(p);
+  const int64_t copied = kWidth * (4 * plan.block + 16);
+  const int64_t strips = plan.panel / kWidth;
+  t.decoded = p;
+  t.copied = p += 4 * kWidth * plan.block * plan.planes;
+  t.unpacked = p += copied;
+  t.sums = reinterpret_cast<int32_t*>(p += copied);
+  t.y = reinterpret_cast<float*>(
+      p + 4 * kWidth * strips * (plan.rows + plan.ones));
+  for (int i = 0; a.table && i < 16; ++i)
+    t.table[i] = static_cast<uint8_t>(a.table[i & ((1 << a.bits) - 1)] + 128);
+  t.run();
+}
+
+constexpr Kernels kKernels{plan, prepare, task};
+
+}  // namespace
+
+#if defined(__AVX512VNNI__)
+const Kernels& avx512vnni_kernels() { return kKernels; }
+#elif defined(__AVXVNNI__)
+const Kernels& avxvnni_kernels() { return kKernels; }
+#else
+const Kernels& avx2_kernels() { return kKernels; }
+#endif
+
+}  // namespace quantlab

@@ -1,0 +1,66 @@
+// The product of int8 rows by packed codes: its operands, and what the
+// kernels of one instruction set do with them.
+#pragma once
+
+#include <stdint.h>
+
+namespace quantlab {
+
+// I[g, m, n] = sum_{k in g} (x[m, k] - x_zero[m, g]) (w[k, n] - zero[g, n])
+// y[m, n]    = sum_g x_scale[m, g] scale[g, n] I[g, m, n]
+//
+// w are integers read from bit streams along k, or looked up in `table` by
+// their codes. A null scale is 1, a null zero point 0. With one group and no
+// scales `sums` receives I itself.
+struct Product {
+  int64_t m, k, n;
+  int64_t group, groups;
+  int64_t bits;
+  bool is_signed;
+  const int8_t* x;       // (m, k)
+  const uint8_t* codes;  // (code_rows, n)
+  int64_t code_rows;
+  const int8_t* table;     // (2^bits) or null
+  const float* scale;      // (groups, n)
+  const int32_t* zero;     // (groups, n)
+  const float* x_scale;    // (m, x_scales), x_scales 1 or groups
+  const int32_t* x_zero;   // (m, x_zeros), x_zeros 1 or groups
+  int64_t x_scales, x_zeros;
+  float* y;       // (m, n)
+  int32_t* sums;  // (m, n) where y is null
+};
+
+// How the operands are walked. Codes lie `planes` to a byte: a step is four
+// rows of bytes, which makes `planes` words of four activations for each row
+// of x. Widths that straddle bytes are first unpacked to one code a byte.
+struct Plan {
+  bool unpack;
+  bool direct;  // decoded within the product, else once for many rows
+  int64_t planes;
+  int64_t steps;       // of one group, at most
+  int64_t stride;      // words from one row of prepared activations to the next
+  int64_t ones;        // rows before the first: one, of ones, with x_zero
+  int64_t block;       // steps decoded at a time
+  int64_t panel;       // columns of one task
+  int64_t rows;        // rows of x of one task
+  int64_t x_bytes;     // of the prepared activations, (ones + m, stride)
+  int64_t sum_bytes;   // of their sums, (m, groups)
+  int64_t work_bytes;  // of the scratch space of one task
+};
+
+struct Kernels {
+  Plan (*plan)(const Product&, int64_t threads);
+  // Orders rows [begin, end) of the activations as the codes lie.
+  void (*prepare)(const Product&, const Plan&, int64_t begin, int64_t end,
+                  int32_t* x, int32_t* sums);
+  // Computes rows [m0, m1) of columns [n0, n1).
+  void (*task)(const Product&, const Plan&, const int32_t* x,
+               const int32_t* sums, int64_t m0, int64_t m1, int64_t n0,
+               int64_t n1, void* work);
+};
+
+const Kernels& avx2_kernels();
+const Kernels& avxvnni_kernels();
+const Kernels& avx512vnni_kernels();
+
+}  // namespace quantlab

@@ -1,0 +1,33 @@
+// A product on the threads of a pool.
+#pragma once
+
+#include "parallel.h"
+#include "product.h"
+
+namespace quantlab {
+
+// Below this many bytes of codes times rows one thread is as fast.
+constexpr int64_t kAlone = 256 * 1024;
+
+template <typename Pool>
+void multiply(const Kernels& kernels, Product a, Pool& pool, int64_t threads) {
+  if (a.code_rows * a.n * (a.m < 8 ? 8 : a.m) < 8 * kAlone) threads = 1;
+  const Plan plan = kernels.plan(a, threads);
+  auto* x = static_cast<int32_t*>(scratch(0, plan.x_bytes));
+  auto* sums = static_cast<int32_t*>(scratch(1, plan.sum_bytes));
+  const int64_t share = a.m * a.k < kAlone ? a.m : (a.m + 15) / 16;
+  parallel(pool, threads, (a.m + share - 1) / share, [&](int64_t i) {
+    const int64_t end = (i + 1) * share;
+    kernels.prepare(a, plan, i * share, end < a.m ? end : a.m, x, sums);
+  });
+  const int64_t panels = (a.n + plan.panel - 1) / plan.panel;
+  const int64_t chunks = (a.m + plan.rows - 1) / plan.rows;
+  parallel(pool, threads, panels * chunks, [&](int64_t i) {
+    const int64_t n0 = i % panels * plan.panel, m0 = i / panels * plan.rows;
+    const int64_t n1 = n0 + plan.panel, m1 = m0 + plan.rows;
+    kernels.task(a, plan, x, sums, m0, m1 < a.m ? m1 : a.m, n0,
+                 n1 < a.n ? n1 : a.n, scratch(2, plan.work_bytes));
+  });
+}
+
+}  // namespace quantlab
