@@ -28,7 +28,7 @@ EXTRAS = {
   'gpu': ['jax[cuda13]', 'jax-triton>=0.3.1'],
   'search': ['optuna>=5'],
   'interop': ['safetensors>=0.6'],
-  'bench': ['qwix>=0.1.8', 'torch>=2.5'],
+  'bench': ['onnx>=1.16', 'onnxruntime>=1.20', 'qwix>=0.1.8', 'torch>=2.5'],
   'llama': ['gguf>=0.10', 'llama-cpp-python>=0.3'],
   'test': [
     'beartype',

@@ -92,9 +92,9 @@ def table(result: dict[str, Any]) -> rich_table.Table:
       out.add_row(
         '' if i else name,
         contestant,
-        f'{seconds["wall"]["total"]["median"]:.3f}',
+        f'{seconds["wall"]["total"]["median"]:.3g}',
         *(_ratio(ratios) if ratios else ('1', '1')),
-        '' if limit is None else f'{limit} {"met" if met else "missed"}',
+        '' if limit is None else f'{limit:.3g} {"met" if met else "missed"}',
         style='red' if met is False else None,
       )
     out.add_section()

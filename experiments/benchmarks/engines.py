@@ -25,12 +25,12 @@ class Contestant(NamedTuple):
 
   Attributes:
     run: all R products; takes and ignores one argument.
-    count: R.
+    repeats: R.
     nbytes: of one weight, scales included.
   """
 
   run: Callable[[Any], Any]
-  count: int
+  repeats: int
   nbytes: int
 
 

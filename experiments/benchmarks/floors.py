@@ -3,6 +3,8 @@
 import ctypes
 import os
 import pathlib
+import subprocess
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,15 @@ from experiments.benchmarks import timing
 from quantlab_kernels.cpu import build
 
 ROUNDS = 9
+
+
+def _compiled() -> ctypes.CDLL:
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, 'floors.so')
+    source = os.fspath(pathlib.Path(__file__).with_suffix('.cc'))
+    command = [build.compiler()[0], *build.FLAGS, '-shared', '-o', path, source]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(path)
 
 
 def measure(nbytes: int) -> dict[str, Any]:
@@ -22,9 +33,7 @@ def measure(nbytes: int) -> dict[str, Any]:
   Returns:
     The best rounds (a floor is what could be reached), and the spread.
   """
-  library = ctypes.CDLL(
-    os.fspath(build.compiled([pathlib.Path(__file__).with_suffix('.cc')]))
-  )
+  library = _compiled()
   library.read_rate.restype = library.int8_rate.restype = ctypes.c_double
   library.read_rate.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
   data = np.ones(nbytes, np.uint8)

@@ -60,7 +60,7 @@ def _case(shape, m: int, config, made, machine) -> dict[str, Any]:
   for name, entry in entries.items():
     for stages in samples[name].values():
       for stage, seconds in stages.items():
-        stages[stage] = [s / entry.count for s in seconds]
+        stages[stage] = [s / entry.repeats for s in seconds]
   limits = {
     name: 1 / wanted[str(m)]
     for name, wanted in shape['at_least'].items()
@@ -83,7 +83,7 @@ def _case(shape, m: int, config, made, machine) -> dict[str, Any]:
 
 def _against_peers(samples) -> dict[str, Any]:
   """How many times faster than the fastest peer at the same bits."""
-  found = {}
+  found: dict[str, Any] = {}
   for name in samples:
     rivals = [s for s in samples if s.startswith(f'{name} ')]
     if not rivals:
