@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from rich import box
 from rich import table as rich_table
 
-from experiments import command_line, decoding, variants
+from experiments import command_line, decoding, llama_cpp, variants
 from experiments.benchmarks import timing
 from quantlab import data, runtime
 from quantlab.runtime import files
@@ -50,14 +50,15 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     data.require(config.model.weights)  # says what is missing
   jobs = [(OURS, n) for n in names] + [(PEER, k) for k in config.llama_cpp]
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
-    for job in runtime.track(jobs, 'preparing'):
-      _child(folder, *job, 'prepare')
+    for module, name in runtime.track(jobs, 'preparing'):
+      if not _prepared(folder.path, module, name).exists():
+        _start(module, folder.path, 'prepare', name)
     rounds = [(i, *job) for i in range(config.rounds) for job in jobs]
     for i, module, name in runtime.track(rounds, 'decoding'):
-      _child(folder, module, name, 'decode', f'{i}_{name}.json')
+      _measure(folder, module, name, 'decode', f'{i}_{name}.json')
     if config.check:
       for name in names[len(config.floats) :]:
-        _child(folder, OURS, name, 'reference', f'reference_{name}.json')
+        _measure(folder, OURS, name, 'reference', f'reference_{name}.json')
     found = {
       ('llama.cpp ' if module == PEER else '') + name: _summary(
         [
@@ -87,17 +88,26 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
   return result
 
 
-def _child(
-  folder, module: str, name: str, stage: str, result: str = ''
-) -> None:
-  """One stage in a process of its own; nothing where it is done."""
+def _prepared(folder, module: str, name: str):
+  return (
+    llama_cpp.file_of(folder, name)
+    if module == PEER
+    else folder / 'checkpoints' / name
+  )
+
+
+def _measure(folder, module: str, name: str, stage: str, result: str) -> None:
+  """One stage whose result is a file; nothing where it is there."""
   out = folder.path / 'measured' / result
-  if result and out.exists():
-    return
-  out.parent.mkdir(parents=True, exist_ok=True)
-  command = [sys.executable, '-m', module, os.fspath(folder.path), stage, name]
+  if not out.exists():
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _start(module, folder.path, stage, name, os.fspath(out))
+
+
+def _start(module: str, folder, stage: str, name: str, *rest: str) -> None:
+  """Runs a stage in a process of its own, to its end."""
   done = subprocess.run(
-    command + ([os.fspath(out)] if result else []),
+    [sys.executable, '-m', module, os.fspath(folder), stage, name, *rest],
     stderr=subprocess.PIPE,
     text=True,
     check=False,

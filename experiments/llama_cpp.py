@@ -25,7 +25,7 @@ from quantlab.runtime import files
 EPSILON = 1e-5
 
 
-def file_of(folder: pathlib.Path, kind: str) -> pathlib.Path:
+def file_of(folder: Any, kind: str) -> Any:
   return folder / 'gguf' / f'{kind}.gguf'
 
 
