@@ -183,3 +183,23 @@ def test_ratios_are_of_the_same_round():
   assert case['met'] == {'ours': True}
   strict = timing.case(samples, 'base', {'ours': 1.4})
   assert strict['met'] == {'ours': False}
+
+
+def test_products_on_the_cpu(tmp_path):
+  """Every contestant, its floors and limits; peers only where installed."""
+  config = _config('matmul_cpu')
+  [shape, *_] = config.shapes
+  config.shapes = (shape | {'k': 128, 'n': 64, 'rows': (1, 3)},)
+  config.rotate, config.rounds, config.peers = 2**15, 1, ()
+  result = bench.run(config, str(tmp_path))
+  cases = result['cases']
+  assert cases.keys() == {'128x64/1', '128x64/3', 'call'}
+  one = cases['128x64/1']
+  assert one['seconds'].keys() == set(shape['products'])
+  assert one['limits'] == {'w8a8': 1 / 4.2, 'w4a8': 1 / 8, 'ternary': 1 / 16}
+  assert not cases['128x64/3']['limits']
+  for case in (one, cases['128x64/3']):
+    assert all(v > 0 for v in case['of_bandwidth'].values())
+    assert all(v > 0 for v in case['of_int8_peak'].values())
+  assert result['floors']['bytes_per_second'] > 1e8
+  assert cases['call']['seconds'].keys() == {'empty', 'int8'}
