@@ -1,7 +1,7 @@
 """Llama in bare JAX: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
 H. Touvron et al., arXiv 2302.13971; RoPE arXiv 2104.09864; GQA arXiv
-2305.13245. The output matrix is the embedding, transposed (tied).
+2305.13245. The output matrix is the embedding, transposed, where it is tied.
 """
 
 import dataclasses
@@ -18,7 +18,10 @@ from quantlab.models import layers
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Sizes of a Llama. The defaults are stories260K's."""
+  """Sizes of a Llama. The defaults are stories260K's.
+
+  Untied models hold their output matrix under 'head/kernel' (dim, vocab).
+  """
 
   vocab: int = 512
   dim: int = 64
@@ -28,6 +31,7 @@ class Config:
   kv_heads: int = 4
   theta: float = 10000.0
   epsilon: float = 1e-5
+  tied: bool = True
 
   def __post_init__(self):
     if self.dim % self.heads or self.heads % self.kv_heads:
@@ -92,7 +96,8 @@ def apply(
     x = x + _attention(p['attention'], q, k, v, mask, config)
     y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
     x = x + _mlp(p['mlp'], y)
-  return layers.rms_norm(params['norm'], x, epsilon=config.epsilon) @ table.T
+  x = layers.rms_norm(params['norm'], x, epsilon=config.epsilon)
+  return x @ (table.T if config.tied else params['head']['kernel'])
 
 
 def empty_cache(
@@ -177,7 +182,7 @@ def from_flat(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def init(key: jax.Array, config: Config) -> dict[str, Any]:
   """Random parameters of any size (fan-in scaled), for benchmarks and tests."""
-  keys = iter(jax.random.split(key, 1 + 7 * config.blocks))
+  keys = iter(jax.random.split(key, 2 + 7 * config.blocks))
 
   def matrix(i: int, o: int) -> jax.Array:
     return jax.random.normal(next(keys), (i, o)) * i**-0.5
@@ -187,7 +192,7 @@ def init(key: jax.Array, config: Config) -> dict[str, Any]:
 
   d, kv = config.dim, config.dim // config.heads * config.kv_heads
   embedding = 0.02 * jax.random.normal(next(keys), (config.vocab, d))
-  return {
+  params = {
     'embed': {'embedding': embedding},
     'blocks': [
       {
@@ -209,3 +214,6 @@ def init(key: jax.Array, config: Config) -> dict[str, Any]:
     ],
     'norm': norm(),
   }
+  if not config.tied:
+    params['head'] = {'kernel': matrix(d, config.vocab)}
+  return params

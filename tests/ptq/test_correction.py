@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 
 import quantlab as ql
-from quantlab.data import embedded
-from quantlab.models import digits
 
-W3 = ql.rule(weight=ql.int3(), input=ql.int8(per='token'))
 W2 = ql.rule(weight=ql.int2(), input=ql.int8(per='token'))
 
 
@@ -139,22 +136,3 @@ def test_scales_that_cannot_hold_the_factor_are_refused():
   chain = ql.chain(ql.rtn(), ql.batch_norm_reestimation())
   with pytest.raises(ValueError, match='rescaled only where every channel'):
     ql.ptq(model.apply, params, {'kernel$': rule}, [x], chain)
-
-
-@pytest.mark.parametrize('seed', [0])  # the margin is that of three
-def test_corrections_repair_a_low_bit_cnn(seed):
-  """Recipes A6, in kind: W3 of a CNN on real digits, cross-entropy."""
-  model, data = digits.Cnn(), embedded.digits()
-  params = digits.train_digits(model, seed, epochs=8)
-  x = digits.preprocess(data.train_x[:256])
-  test = digits.preprocess(data.test_x)
-  labels = jax.nn.one_hot(data.test_y, 10)
-
-  def loss(chain):
-    made = ql.ptq(model.apply, params, {'kernel$': W3}, [x], chain)
-    logits = made.apply(made.params, test)
-    return float(-(labels * jax.nn.log_softmax(logits)).sum(-1).mean())
-
-  plain = loss(ql.rtn())
-  assert loss(ql.chain(ql.rtn(), ql.bias_correction())) < 0.8 * plain
-  assert loss(ql.chain(ql.rtn(), ql.batch_norm_reestimation())) < 0.8 * plain

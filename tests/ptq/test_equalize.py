@@ -176,28 +176,6 @@ def test_awq_with_the_exponent_zero_alone_is_rounding():
     np.testing.assert_array_equal(ctx.params[name], params[name])
 
 
-# Against pathologies ---------------------------------------------------------
-
-
-def test_equalization_rescues_weights_per_tensor():
-  rules = {'.*': ql.rule(weight=ql.int8(per='tensor'))}
-  program = programs.linen_resnet()
-  for seed in range(2):
-    hurt = equivalents.imbalance(program.params, seed)
-    found = []
-    for params, member in (
-      (program.params, ql.rtn()),
-      (hurt, ql.rtn()),
-      (hurt, ql.cross_layer_equalization()),
-    ):
-      q = ql.ptq(program.apply, params, rules, [program.args], member)
-      want = program.apply(params, *program.args)
-      found.append(sqnr(want, q.apply(q.params, *program.args)))
-    clean, plain, equal = found
-    assert plain < clean - 5, found
-    assert equal > clean - 2, found
-
-
 # As members of a chain -------------------------------------------------------
 
 

@@ -207,28 +207,6 @@ def test_peaks_of_the_stream_fall():
   assert after < 5
 
 
-@pytest.mark.parametrize('seed', [1])  # the margin is that of three
-def test_w4a4_gains_where_nearest_and_folding_fail(seed):
-  program = concentrated(seed)
-  want = program.apply(program.params, *program.args)
-
-  def error(*members):
-    model = ql.ptq(
-      program.apply,
-      program.params,
-      {'/(up|down|head)$': W4A4},
-      [program.args],
-      members,
-      key=jax.random.key(seed),
-    )
-    got = model.apply(model.params, *program.args)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-
-  turned = error(ql.rotate())
-  assert turned < 0.7 * error(ql.rtn())
-  assert turned < 0.7 * error(ql.fold_norms())
-
-
 def test_folding_alone_removes_what_gains_make():
   program = concentrated(0)
   params = jax.tree.map(lambda x: x, program.params)
