@@ -88,16 +88,20 @@ def apply(
   t = tokens.shape[1]
   angles = rope_angles(t, config.dim // config.heads, config.theta)
   mask = jnp.tril(jnp.ones((t, t), bool))
-  table = params['embed']['embedding']
-  x = table[tokens]
+  x = params['embed']['embedding'][tokens]
   for p in params['blocks']:
     y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
     q, k, v = _queries_keys_values(p['attention'], y, angles, config)
     x = x + _attention(p['attention'], q, k, v, mask, config)
     y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
     x = x + _mlp(p['mlp'], y)
-  x = layers.rms_norm(params['norm'], x, epsilon=config.epsilon)
-  return x @ (table.T if config.tied else params['head']['kernel'])
+  return _logits(params, x, config)
+
+
+def _logits(params: Mapping[str, Any], x: jax.Array, c: Config) -> jax.Array:
+  x = layers.rms_norm(params['norm'], x, epsilon=c.epsilon)
+  head = params['embed']['embedding'].T if c.tied else params['head']['kernel']
+  return x @ head
 
 
 def empty_cache(
@@ -131,8 +135,7 @@ def step(
   t, length = tokens.shape[1], cache[0]['k'].shape[1]
   angles = rope_angles(t, config.dim // config.heads, config.theta, position)
   mask = jnp.arange(length) <= position + jnp.arange(t)[:, None]
-  table = params['embed']['embedding']
-  x = table[tokens]
+  x = params['embed']['embedding'][tokens]
   grown = []
   for p, past in zip(params['blocks'], cache, strict=True):
     y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
@@ -148,8 +151,7 @@ def step(
     x = x + _attention(p['attention'], q, keys, values, mask, config)
     y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
     x = x + _mlp(p['mlp'], y)
-  x = layers.rms_norm(params['norm'], x, epsilon=config.epsilon)
-  return x @ table.T, grown
+  return _logits(params, x, config), grown
 
 
 def from_flat(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

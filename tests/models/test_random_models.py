@@ -46,7 +46,7 @@ def test_llama_step_by_step_equals_the_whole():
   """A prompt, then single tokens, through the cache."""
   params = llama.init(KEY, LLAMA)
   tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, LLAMA.vocab)
-  whole = llama.apply(params, tokens, config=LLAMA)
+  whole = jax.jit(functools.partial(llama.apply, config=LLAMA))(params, tokens)
   step = jax.jit(functools.partial(llama.step, config=LLAMA))
   cache = llama.empty_cache(2, 9, LLAMA)
   logits, cache = step(params, cache, tokens[:, :4], 0)
