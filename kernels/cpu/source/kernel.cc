@@ -10,7 +10,7 @@
 namespace quantlab {
 namespace {
 
-constexpr int64_t kStrip = 32 * 1024;   // bytes of decoded weight at a time
+constexpr int64_t kStrip = 16 * 1024;   // bytes of decoded weight at a time
 constexpr int64_t kSums = 512 * 1024;   // bytes of sums of one task
 constexpr int64_t kRows = 48 * kTile;   // rows of x of one task, at most
 constexpr int64_t kPanel = 512;         // columns of one task, at most
@@ -49,8 +49,10 @@ QL_INLINE void begin(I (&sum)[R][4], const int32_t* out, bool more) {
 // spills the sums.
 template <int R>
 QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
-                          const int32_t* x, int64_t stride) {
+                          const int32_t* x, int64_t stride, Ahead& ahead) {
+  Ahead fetch = ahead;
   for (int64_t i = 0; i < words; ++i, w += 4 * kWidth) {
+    if (i & 1) fetch.fetch();
     I v[4];
     each<4>([&](auto j) QL_NOW { v[j] = load(w + j * kWidth); });
     each<R>([&](auto r) QL_NOW {
@@ -58,15 +60,16 @@ QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
       each<4>([&](auto j) QL_NOW { sum[r][j] = dot(sum[r][j], v[j], a); });
     });
   }
+  ahead = fetch;
 }
 
 template <int R>
 __attribute__((noinline)) void tile(const uint8_t* w, int64_t words,
                                     const int32_t* x, int64_t stride,
-                                    int32_t* out, bool more) {
+                                    int32_t* out, bool more, Ahead& ahead) {
   I sum[R][4];
   begin<R>(sum, out, more);
-  accumulate<R>(sum, w, words, x, stride);
+  accumulate<R>(sum, w, words, x, stride, ahead);
   each<R * 4>([&](auto i) QL_NOW {
     store(out + i * kWidth / 4, sum[i / 4][i % 4]);
   });
@@ -86,10 +89,10 @@ template <int R, bool kZero>
 __attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
                                          const int32_t* x, int64_t stride,
                                          const int32_t* sums, bool more,
-                                         const Onto& to) {
+                                         Ahead& ahead, const Onto& to) {
   I sum[R][4];
   begin<R>(sum, sums, more);
-  accumulate<R>(sum, w, words, x, stride);
+  accumulate<R>(sum, w, words, x, stride, ahead);
   each<R>([&](auto r) QL_NOW {
     const int32_t x_sum = to.x_sums[r * to.groups];
     const I by = ::words(kZero ? x_sum : times(to.offset, x_sum));
@@ -148,7 +151,7 @@ __attribute__((noinline)) void direct(Codes c, Ahead& ahead, const int32_t* x,
 }
 
 using Tile = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
-                      int32_t*, bool);
+                      int32_t*, bool, Ahead&);
 using Decode = void (*)(Codes, Ahead&, uint8_t*);
 using Direct = void (*)(Codes, Ahead&, const int32_t*, int64_t, int32_t*, bool);
 
@@ -158,7 +161,7 @@ constexpr Tile kTiles[] = {tile_or_last<1>, tile_or_last<2>, tile_or_last<3>,
                            tile_or_last<4>, tile_or_last<5>, tile_or_last<6>};
 
 using TileOnto = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
-                          const int32_t*, bool, const Onto&);
+                          const int32_t*, bool, Ahead&, const Onto&);
 template <int R, bool Z>
 constexpr TileOnto onto_or_last = tile_onto<(R <= kTile ? R : kTile), Z>;
 template <bool Z>
@@ -393,8 +396,11 @@ struct Task {
                : plan.planes == 2 ? decode_of<2>(t)
                                   : decode_of<4>(t);
     const int64_t words = ceil_div(c.rows, 4) * plan.planes;
-    f(c, ahead, decoded);
-    if (plan.ones) kTiles[0](decoded, words, b.x, plan.stride, sums, b.more);
+    // With several tiles there is time to fetch in each, else here.
+    Ahead none;
+    Ahead& later = rows() > kTile ? ahead : none;
+    f(c, rows() > kTile ? none : ahead, decoded);
+    if (plan.ones) kTiles[0](decoded, words, b.x, plan.stride, sums, b.more, none);
     const int32_t* x = b.x + (plan.ones + m0) * plan.stride;
     int32_t* out = sums + ones();
     const bool simple = a.scale && a.y && !a.x_zero && !(a.x_scale && a.x_scales > 1);
@@ -405,11 +411,11 @@ struct Task {
                       by.offset, by.zero, by.scale, y + r * kWidth,
                       b.group == 0};
         (a.zero ? kTilesOnto<true> : kTilesOnto<false>)[many - 1](
-            decoded, words, x, plan.stride, out, b.more, to);
+            decoded, words, x, plan.stride, out, b.more, later, to);
         out += kTile * kWidth;
         continue;
       }
-      kTiles[many - 1](decoded, words, x, plan.stride, out, b.more);
+      kTiles[many - 1](decoded, words, x, plan.stride, out, b.more, later);
       if (b.last) scale(b.group, by, r, r + many, sums, out, y + r * kWidth);
       if (b.more || !b.last) out += kTile * kWidth;
     }
