@@ -1,13 +1,17 @@
 """Low-bit matrix products on raw arrays (imports nothing of quantlab).
 
 Operations: `quantize_activation`, `int8_matmul`, `w4a8_matmul`,
-`w4a16_matmul`, `int8_conv`. Each is a folder with its definition
-(reference.py) and one file a backend; `explain(op, *args)` prints which one
-would run, and why. Storage: `pack`, `unpack`, `packed_rows`.
+`ternary_matmul`, `lut_matmul`, `w4a16_matmul`, `int8_conv`. Each is a folder
+with its definition (reference.py) and one file a backend;
+`explain(op, *args)` prints which one would run, and why. Storage: `pack`,
+`unpack`, `packed_rows`. `python -m quantlab_kernels.build` compiles the cpu
+backend ahead of its first use.
 """
 
 from quantlab_kernels.int8_conv import int8_conv as int8_conv
 from quantlab_kernels.int8_matmul import int8_matmul as int8_matmul
+from quantlab_kernels.lut_matmul import int8_table as int8_table
+from quantlab_kernels.lut_matmul import lut_matmul as lut_matmul
 from quantlab_kernels.packing import pack as pack
 from quantlab_kernels.packing import packed_rows as packed_rows
 from quantlab_kernels.packing import unpack as unpack
@@ -17,5 +21,6 @@ from quantlab_kernels.quantize_activation import (
 from quantlab_kernels.registry import choices as choices
 from quantlab_kernels.registry import explain as explain
 from quantlab_kernels.registry import use as use
+from quantlab_kernels.ternary_matmul import ternary_matmul as ternary_matmul
 from quantlab_kernels.w4a8_matmul import w4a8_matmul as w4a8_matmul
 from quantlab_kernels.w4a16_matmul import w4a16_matmul as w4a16_matmul

@@ -1,0 +1,181 @@
+// Random products against plain loops, to be run under the sanitizers.
+//
+// Every operand is an allocation of its own, at an odd address and of exactly
+// its size, so that a read or write past an end is seen.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "run.h"
+
+namespace {
+
+using quantlab::Kernels;
+using quantlab::Product;
+
+// Threads that start at once, late, or never before the caller is done.
+struct Pool {
+  ~Pool() {
+    for (auto& t : threads) t.join();
+  }
+  template <typename F>
+  void Schedule(F f) {
+    if (late)
+      held.push_back(std::make_unique<Held<F>>(std::move(f)));
+    else
+      threads.emplace_back(std::move(f));
+  }
+  struct Any {
+    virtual ~Any() = default;
+    virtual void run() = 0;
+  };
+  template <typename F>
+  struct Held : Any {
+    explicit Held(F f) : f(std::move(f)) {}
+    void run() override { f(); }
+    F f;
+  };
+  bool late = false;
+  std::vector<std::thread> threads;
+  std::vector<std::unique_ptr<Any>> held;
+};
+
+template <typename T>
+struct Exact {
+  Exact(int64_t count, int64_t offset)
+      : bytes(new char[count * sizeof(T) + offset]),
+        p(reinterpret_cast<T*>(bytes.get() + offset)),
+        count(count) {}
+  T get(int64_t i) const {
+    T v;
+    std::memcpy(&v, p + i, sizeof v);
+    return v;
+  }
+  void set(int64_t i, T v) { std::memcpy(p + i, &v, sizeof v); }
+  std::unique_ptr<char[]> bytes;
+  T* p;
+  int64_t count;
+};
+
+struct Case {
+  std::mt19937 random;
+  int64_t pick(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  }
+
+  bool run(const Kernels& kernels) {
+    static const int kRows[] = {1, 2, 3, 4, 5, 6, 7, 12, 13, 37, 70};
+    Product a{};
+    a.m = kRows[pick(0, 10)], a.k = pick(1, 200), a.n = pick(1, 200);
+    if (pick(0, 15) == 0) a.k = 1100, a.n = 530;
+    a.bits = pick(1, 8);
+    a.is_signed = pick(0, 1);
+    a.group = pick(0, 2) ? pick(1, a.k) : a.k;
+    a.groups = (a.k + a.group - 1) / a.group;
+    const bool floats = a.groups > 1 || pick(0, 2);
+    const bool tabled = a.bits <= 4 && pick(0, 2) == 0;
+    const int64_t unit = a.bits == 3 || a.bits > 4 ? 8 : 8 / a.bits;
+    const int64_t size = a.bits == 8 ? 1 : unit == 8 ? a.bits : 1;
+    a.code_rows = (a.k + (a.bits == 8 ? 1 : unit) - 1) /
+                  (a.bits == 8 ? 1 : unit) * size;
+    Exact<int8_t> x(a.m * a.k, pick(0, 3)), table(1 << a.bits, 1);
+    Exact<uint8_t> codes(a.code_rows * a.n, pick(0, 63));
+    Exact<float> scale(a.groups * a.n, 0), y(a.m * a.n, 0);
+    Exact<int32_t> zero(a.groups * a.n, 0), sums(a.m * a.n, 0);
+    a.x_scales = pick(0, 1) ? a.groups : 1;
+    a.x_zeros = pick(0, 1) ? a.groups : 1;
+    Exact<float> x_scale(a.m * a.x_scales, 0);
+    Exact<int32_t> x_zero(a.m * a.x_zeros, 0);
+    const bool extreme = pick(0, 7) == 0;
+    for (int64_t i = 0; i < x.count; ++i)
+      x.set(i, extreme ? -128 : pick(-128, 127));
+    for (int64_t i = 0; i < codes.count; ++i)
+      codes.set(i, extreme ? 0x80 : pick(0, 255));
+    for (int64_t i = 0; i < table.count; ++i) table.set(i, pick(-128, 127));
+    for (int64_t i = 0; i < scale.count; ++i) scale.set(i, pick(1, 2));
+    for (int64_t i = 0; i < x_scale.count; ++i) x_scale.set(i, pick(1, 2));
+    for (int64_t i = 0; i < zero.count; ++i) zero.set(i, pick(-128, 255));
+    for (int64_t i = 0; i < x_zero.count; ++i) x_zero.set(i, pick(-128, 127));
+    a.x = x.p, a.codes = codes.p;
+    a.table = tabled ? table.p : nullptr;
+    a.scale = floats && pick(0, 3) ? scale.p : nullptr;
+    a.zero = pick(0, 1) ? zero.p : nullptr;
+    a.x_scale = floats && pick(0, 1) ? x_scale.p : nullptr;
+    a.x_zero = pick(0, 2) ? nullptr : x_zero.p;
+    a.y = floats ? y.p : nullptr;
+    a.sums = floats ? nullptr : sums.p;
+
+    Pool pool;
+    pool.late = pick(0, 3) == 0;
+    quantlab::multiply(kernels, a, pool, pick(1, 3));
+    // What starts after the end must touch nothing of the call.
+    for (auto& f : pool.held) f->run();
+
+    for (int64_t m = 0; m < a.m; ++m)
+      for (int64_t n = 0; n < a.n; ++n) {
+        double want = 0;
+        int64_t whole = 0;
+        for (int64_t g = 0; g < a.groups; ++g) {
+          int64_t sum = 0;
+          const int64_t end = std::min(a.k, (g + 1) * a.group);
+          const int64_t zx =
+              a.x_zero ? x_zero.get(m * a.x_zeros + (a.x_zeros > 1) * g) : 0;
+          const int64_t zw = a.zero ? zero.get(g * a.n + n) : 0;
+          for (int64_t k = g * a.group; k < end; ++k)
+            sum += (x.get(m * a.k + k) - zx) * (code(a, codes, table, k, n) - zw);
+          double s = a.scale ? scale.get(g * a.n + n) : 1;
+          if (a.x_scale) s *= x_scale.get(m * a.x_scales + (a.x_scales > 1) * g);
+          want += s * sum;
+          whole = sum;
+        }
+        const double got = floats ? y.get(m * a.n + n) : sums.get(m * a.n + n);
+        if (!floats) want = static_cast<int32_t>(whole);
+        if (std::abs(got - want) > 2e-6 * (1e5 + std::abs(want))) {
+          std::printf("m=%ld k=%ld n=%ld bits=%ld group=%ld: %g, not %g\n",
+                      static_cast<long>(a.m), static_cast<long>(a.k),
+                      static_cast<long>(a.n), static_cast<long>(a.bits),
+                      static_cast<long>(a.group), got, want);
+          return false;
+        }
+      }
+    return true;
+  }
+
+  static int64_t code(const Product& a, const Exact<uint8_t>& codes,
+                      const Exact<int8_t>& table, int64_t k, int64_t n) {
+    int64_t v = 0;
+    for (int64_t b = 0; b < a.bits; ++b) {
+      const int64_t bit = k * a.bits + b;
+      v |= static_cast<int64_t>(codes.get(bit / 8 * a.n + n) >> bit % 8 & 1) << b;
+    }
+    if (a.table) return table.get(v);
+    return a.is_signed && v >> (a.bits - 1) ? v - (int64_t{1} << a.bits) : v;
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 100;
+  __builtin_cpu_init();
+  bool good = true;
+  for (int i = 0; i < count && good; ++i) {
+    const unsigned seed = static_cast<unsigned>(i);
+#ifdef QL_AVX512VNNI
+    if (__builtin_cpu_supports("avx512vnni"))
+      good = Case{std::mt19937(seed)}.run(quantlab::avx512vnni_kernels());
+#endif
+#ifdef QL_AVX2
+    if (good && __builtin_cpu_supports("avx2"))
+      good = Case{std::mt19937(seed)}.run(quantlab::avx2_kernels());
+#endif
+    if (!good) std::printf("seed %u\n", seed);
+  }
+  std::printf(good ? "good\n" : "bad\n");
+  return !good;
+}
