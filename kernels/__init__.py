@@ -1,13 +1,17 @@
 """Low-bit matrix products on raw arrays (imports nothing of quantlab).
 
 Operations: `quantize_activation`, `int8_matmul`, `w4a8_matmul`,
-`ternary_matmul`, `lut_matmul`, `w4a16_matmul`, `int8_conv`. Each is a folder
-with its definition (reference.py) and one file a backend;
-`explain(op, *args)` prints which one would run, and why. Storage: `pack`,
-`unpack`, `packed_rows`. `python -m quantlab_kernels.build` compiles the cpu
-backend ahead of its first use.
+`ternary_matmul`, `lut_matmul`, `w4a16_matmul`, `dense_and_sparse_matmul`,
+`int8_conv`, `hadamard`. Each is a folder with its definition (reference.py) and
+one file a backend; `explain(op, *args)` prints which one would run, and why.
+Storage: `pack`, `unpack`, `packed_rows`. `python -m quantlab_kernels.build`
+compiles the cpu backend ahead of its first use.
 """
 
+from quantlab_kernels.dense_and_sparse_matmul import (
+  dense_and_sparse_matmul as dense_and_sparse_matmul,
+)
+from quantlab_kernels.hadamard import hadamard as hadamard
 from quantlab_kernels.int8_conv import int8_conv as int8_conv
 from quantlab_kernels.int8_matmul import int8_matmul as int8_matmul
 from quantlab_kernels.lut_matmul import int8_table as int8_table

@@ -8,7 +8,6 @@ from quantlab.ops.activation import fake_quantize_weight as fake_quantize_weight
 from quantlab.ops.activation import sharing as sharing
 from quantlab.ops.adjust import add_bias as add_bias
 from quantlab.ops.adjust import adjust_input as adjust_input
-from quantlab.ops.adjust import rotate as rotate
 from quantlab.ops.dims import ConvDims as ConvDims
 from quantlab.ops.dims import DotDims as DotDims
 from quantlab.ops.dims import GatherDims as GatherDims

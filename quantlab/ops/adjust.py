@@ -12,14 +12,13 @@ The weight holds the inverse, so that the product is what it was.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+import quantlab_kernels as kernels
 from quantlab.ops.dims import ConvDims, Dims, DotDims
 
 TRANSFORM = ('shift', 'gain', 'signs', 'rotation')
@@ -54,33 +53,8 @@ def adjust_input(
   if 'signs' in transform:
     y = y * transform['signs'][..., None, :]
   if 'rotation' in transform:
-    y = rotate(y, transform['rotation'])
+    y = kernels.hadamard(y, transform['rotation'])
   return restore(y).astype(x.dtype)
-
-
-def rotate(x: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
-  """Multiplies channels by a Kronecker product: x (I kron A kron B).
-
-  Args:
-    x: (..., C).
-    factors: orthogonal matrices whose sizes multiply to a divisor of C. Two of
-      sizes a and b cost (a + b) products a channel instead of a b.
-  """
-  sizes = [f.shape[-1] for f in factors]
-  c = x.shape[-1]
-  if c % math.prod(sizes):
-    raise ValueError(f'rotations of sizes {sizes} do not divide {c} channels')
-  y = x.reshape(*x.shape[:-1], -1, *sizes)
-  for i, factor in enumerate(factors):
-    axis = y.ndim - len(sizes) + i
-    y = jnp.moveaxis(
-      jnp.matmul(
-        jnp.moveaxis(y, axis, -1), factor, precision=lax.Precision.HIGHEST
-      ),
-      -1,
-      axis,
-    )
-  return y.reshape(x.shape)
 
 
 def add_bias(out: jax.Array, dims: Dims, bias: jax.Array) -> jax.Array:

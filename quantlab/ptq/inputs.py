@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import quantlab_kernels as kernels
 from quantlab.core.tree import named_leaves, path_str
 from quantlab.graph import migrate, pairs
 from quantlab.graph.sites import Site
-from quantlab.ops import ConvDims, DotDims, rotate
+from quantlab.ops import ConvDims, DotDims
 from quantlab.plan import Plan
 from quantlab.planner import leaf_layout
 from quantlab.ptq.transform import Context
@@ -351,7 +352,7 @@ def rotate_input(
   noted = {}
   for site in where.sites:
     w = matrix_of(site, params)
-    turned = rotate(
+    turned = kernels.hadamard(
       jnp.swapaxes(w, -1, -2).astype(jnp.float32) * signs, factors
     )
     params[site.paths[0]] = _back(site, params, jnp.swapaxes(turned, -1, -2))
