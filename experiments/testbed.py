@@ -78,6 +78,10 @@ def model(config: Any) -> Model:
   return MODELS[config.bed](config)
 
 
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
 # Characters ------------------------------------------------------------------
 
 

@@ -3,7 +3,8 @@ r"""A small CNN on scikit-learn's handwritten digits.
   python -m experiments.testbed --config=configs/testbeds/digits.py \
     --out=tests/data/digits_model.npz
 
-Seconds on two cores.
+Ten seconds on two cores; 98.6 to 99.2 % of 500 held-out images, cross-entropy
+0.025 to 0.05 (three seeds). The committed fixture was made by it.
 """
 
 import ml_collections

@@ -179,6 +179,11 @@ def _check_key(key: Any) -> None:
     )
 
 
+@jax.jit  # once for all calls with weights of the same shapes
+def _finite(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {k: jnp.isfinite(x).all() for k, x in weights.items()}
+
+
 def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
   """A weight with NaN or infinity is refused by name."""
   abstract = [
@@ -192,13 +197,12 @@ def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
       'takes shapes, quantizing needs arrays'
     )
   used = {p for s in made.quantized.values() for p in s.paths}
-  check = jax.jit(lambda xs: {k: jnp.isfinite(x).all() for k, x in xs.items()})
   chosen = {
     p: leaf
     for p, leaf in zip(paths, leaves, strict=True)
     if p in used and jnp.issubdtype(leaf.dtype, jnp.floating)
   }
-  bad = [k for k, fine in jax.device_get(check(chosen)).items() if not fine]
+  bad = [k for k, fine in jax.device_get(_finite(chosen)).items() if not fine]
   if bad:
     raise ValueError(
       f'parameters hold NaN or infinity: {", ".join(bad)}; quantization needs '

@@ -123,6 +123,9 @@ def test_llama_refuses_heads_that_do_not_divide():
 def test_llama_init_has_the_shapes_of_the_real_one():
   params = jax.eval_shape(lambda key: llama.init(key, llama.STORIES260K), KEY)
   assert sum(a.size for a in jax.tree.leaves(params)) == 260_032
+  untied = dataclasses.replace(llama.STORIES260K, tied=False)
+  shapes = jax.eval_shape(lambda key: llama.init(key, untied), KEY)
+  assert shapes['head']['kernel'].shape == (untied.dim, untied.vocab)
   deep = dataclasses.replace(LLAMA, blocks=24)
   shapes = jax.eval_shape(lambda key: llama.init(key, deep), KEY)
   assert len(shapes['blocks']) == 24

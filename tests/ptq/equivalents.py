@@ -1,4 +1,4 @@
-"""Models for equivalent transforms, and pathologies that change no output."""
+"""Models for equivalent transforms."""
 
 from __future__ import annotations
 

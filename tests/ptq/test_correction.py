@@ -1,4 +1,4 @@
-"""Corrections of mean and variance: exact where they should be, and useful."""
+"""Corrections of mean and variance: exact where they should be."""
 
 import flax.linen as nn
 import jax

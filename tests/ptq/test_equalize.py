@@ -1,4 +1,4 @@
-"""What SmoothQuant, OS+, AWQ and cross-layer equalization are for."""
+"""SmoothQuant, OS+, AWQ and cross-layer equalization: formulas and gains."""
 
 import functools
 import json

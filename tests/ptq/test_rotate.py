@@ -1,4 +1,4 @@
-"""Rotations keep the function and spread outliers; W4A4 gains by them."""
+"""Rotations keep the function and spread outliers."""
 
 import functools
 

@@ -96,7 +96,7 @@ def test_clipping_hurts_at_two_bits_until_biases_are_corrected():
   cross-entropy.
   """
   params = beds.load('digits').params
-  clipped = ql.int2(symmetric=False, scale=ql.scales.mse())
+  clipped = ql.int2(symmetric=False, scale=ql.scales.mse(20))
   full = after(params, ql.int2(symmetric=False))
   cut, mended = (after(params, clipped, RTN, *m) for m in ((), (BIASES,)))
   assert cut[1] < full[1] - 0.13
@@ -104,18 +104,18 @@ def test_clipping_hurts_at_two_bits_until_biases_are_corrected():
   assert mended[0] < 0.6 * full[0]
 
 
-def test_gptq_and_batch_norms_repair_convolutions_at_two_bits():
-  """Recipes C1 and D4 (iii), in kind.
+def test_gptq_and_batch_norms_repair_a_convolution_at_two_bits():
+  """Recipes C1 and D4 (iii), in kind; the others stay in float.
 
-  Measured: rounding 41 to 55 % right, GPTQ 96 to 98 %, at 0.02 to 0.07 of its
-  cross-entropy, BatchNorms estimated again 81 to 95 %, at 0.10 to 0.34.
+  Measured: rounding 42 to 62 % right, GPTQ 97 to 98 %, at 0.02 to 0.06 of its
+  cross-entropy, BatchNorms estimated again 86 to 95 %, at 0.08 to 0.22.
   """
   params = beds.load('digits').params
   plain, second_order, norms = (
-    after(params, ql.int2(), *members, pattern='/conv_[12]/')
+    after(params, ql.int2(), *members, pattern='/conv_1/')
     for members in ((RTN,), (ql.gptq(),), (RTN, NORMS))
   )
-  assert second_order[1] > plain[1] + 0.2
+  assert second_order[1] > plain[1] + 0.17
   assert second_order[0] < 0.5 * plain[0]
-  assert norms[1] > plain[1] + 0.15
-  assert norms[0] < 0.65 * plain[0]
+  assert norms[1] > plain[1] + 0.16
+  assert norms[0] < 0.6 * plain[0]
