@@ -16,7 +16,8 @@ import jax
 
 from quantlab_kernels.cpu import build
 
-TARGET = 'quantlab_multiply'
+MULTIPLY = 'quantlab_multiply'
+MULTIPLY_FLOATS = 'quantlab_multiply_floats'
 ISAS = {'avx512vnni': 4, 'avxvnni': 2, 'avx2': 1}  # preferred first
 
 _LOCK = threading.Lock()
@@ -96,7 +97,7 @@ def _load_once() -> ctypes.CDLL | str:
     )
     return why
   loaded.quantlab_isas.restype = ctypes.c_int64
-  jax.ffi.register_ffi_target(
-    TARGET, jax.ffi.pycapsule(getattr(loaded, TARGET)), platform='cpu'
-  )
+  for name in (MULTIPLY, MULTIPLY_FLOATS):
+    handler = jax.ffi.pycapsule(getattr(loaded, name))
+    jax.ffi.register_ffi_target(name, handler, platform='cpu')
   return loaded

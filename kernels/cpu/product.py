@@ -9,7 +9,7 @@ which scales a product without it.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -148,51 +148,47 @@ def _differentiable(fast, otherwise):
   return f
 
 
-@functools.cache
-def _mapped(spec: Spec):
-  """The call on batches, with its rule for `vmap`."""
+def mapped(run: Callable[..., jax.Array], rows: Sequence[int]):
+  """`run` on batches, with its rule for `vmap`.
+
+  Args:
+    run: takes arrays (1 or batch, ., .), or None, returns (batch, M, N).
+    rows: positions of the operands that have a row for each of M; `run` has
+      x among them. The others belong to the weight.
+  """
 
   @custom_vmap
   def call(*operands):
-    return _call(spec, *operands)
+    return run(*operands)
 
   @call.def_vmap
-  def rule(size, mapped, *operands):
-    x, w, scale, zero, x_scale, x_zero, table = operands
-    over = [any(jax.tree.leaves(m)) for m in mapped]
-    shared = not any(over[i] for i in (1, 2, 3, 6))
-    if shared and _batch(operands, over) == 1:
-      m = x.shape[-2]
-      fold = lambda a, o: None if a is None else _spread(a, o, size)  # noqa: E731
-      rows = [
-        fold(a, o)
-        for a, o in zip(
-          (x, x_scale, x_zero), (over[0], *over[4:6]), strict=True
-        )
+  def rule(size, over, *operands):
+    over = [any(jax.tree.leaves(o)) for o in over]
+    pairs = list(zip(operands, over, strict=True))
+    batch = max(a.shape[int(o)] for a, o in pairs if a is not None)
+    weight = [o for i, o in enumerate(over) if i not in rows]
+    if batch == 1 and not any(weight):
+      folded = [
+        _fold(a, o, size) if i in rows else a for i, (a, o) in enumerate(pairs)
       ]
-      rows = [
-        None if a is None else a.reshape(1, size * m, a.shape[-1]) for a in rows
-      ]
-      y = call(rows[0], w, scale, zero, rows[1], rows[2], table)
-      return y.reshape(size, 1, m, y.shape[-1]), True
-    batch = _batch(operands, over)
-    merged = [
-      None if a is None else _merge(a, o, size, batch)
-      for a, o in zip(operands, over, strict=True)
-    ]
-    y = call(*merged)
+      y = call(*folded)
+      return y.reshape(size, 1, -1, y.shape[-1]), True
+    y = call(*(_merge(a, o, size, batch) for a, o in pairs))
     return y.reshape(size, batch, *y.shape[1:]), True
 
   return call
 
 
-def _batch(operands, over) -> int:
-  """The batch of a call, before the mapped axis in front."""
-  return max(
-    a.shape[int(o)]
-    for a, o in zip(operands, over, strict=True)
-    if a is not None
-  )
+@functools.cache
+def _mapped(spec: Spec):
+  return mapped(functools.partial(_call, spec), rows=(0, 4, 5))
+
+
+def _fold(a, over, size):
+  """Merges the mapped axis into the rows."""
+  if a is None:
+    return None
+  return _spread(a, over, size).reshape(1, size * a.shape[-2], a.shape[-1])
 
 
 def _spread(a, over, size):
@@ -201,7 +197,7 @@ def _spread(a, over, size):
 
 def _merge(a, over, size, batch):
   """Merges the mapped axis into the batch; what is of neither stays one."""
-  if not over and a.shape[0] == 1:
+  if a is None or (a.shape[0] == 1 and not over):
     return a
   a = _spread(a, over, size)
   a = jnp.broadcast_to(a, (size, batch, *a.shape[2:]))
@@ -210,15 +206,26 @@ def _merge(a, over, size, batch):
 
 def _call(spec: Spec, x, w, scale, zero, x_scale, x_zero, table):
   operands = (x, w, scale, zero, x_scale, x_zero, table)
-  batch = max(a.shape[0] for a in operands if a is not None)
-  shape = (batch, x.shape[1], w.shape[2])
   dtypes = (None, None, *('float32', 'int32') * 2, 'int8')
+  return ffi_call(library.MULTIPLY, spec, operands, dtypes)
+
+
+def ffi_call(
+  target: str,
+  spec: Spec,
+  operands: Sequence[jax.Array | None],
+  dtypes: Sequence[str | None],
+) -> jax.Array:
+  """Calls the kernels on (x, w, ...); operands that are None become empty."""
+  batch = max(a.shape[0] for a in operands if a is not None)
+  x, w = operands[:2]
+  shape = (batch, x.shape[1], w.shape[2])
   given = [
     jnp.zeros((0, 0, 0), d) if a is None else a
     for a, d in zip(operands, dtypes, strict=True)
   ]
   return jax.ffi.ffi_call(
-    library.TARGET, jax.ShapeDtypeStruct(shape, jnp.dtype(spec.out))
+    target, jax.ShapeDtypeStruct(shape, jnp.dtype(spec.out))
   )(
     *given,
     bits=np.int64(spec.bits),

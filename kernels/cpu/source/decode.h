@@ -4,6 +4,8 @@
 // 2^(b-1); entries of a table are kept plus 128. The product takes it back.
 #pragma once
 
+#include <string.h>
+
 #include "vec.h"
 
 namespace {
@@ -91,6 +93,31 @@ inline void unpack(const uint8_t* p, int64_t stride, int bits, int64_t skip,
                       bytes((255 << (8 - shift)) & mask)));
     store(out, v);
   }
+}
+
+// The rows of bytes of one strip: in place, or copied where it is narrow, and
+// unpacked where codes straddle bytes (`row` and `count` are of codes then).
+inline Codes rows_of_codes(const uint8_t* codes, int64_t stride, int bits,
+                           bool straddle, int64_t row, int64_t count, int64_t n,
+                           int64_t columns, uint8_t* copied,
+                           uint8_t* unpacked) {
+  const int64_t unit = straddle ? row / 8 : 0;
+  const int64_t first = straddle ? unit * bits : row;
+  const int64_t size =
+      straddle ? ((row + count + 7) / 8 - unit) * bits : count;
+  Codes c{codes + first * stride + n, stride, count, 0, nullptr};
+  if (columns < kWidth) {
+    for (int64_t r = 0; r < size; ++r) {
+      memcpy(copied + r * kWidth, c.p + r * stride, columns);
+      memset(copied + r * kWidth + columns, 0, kWidth - columns);
+    }
+    c.p = copied, c.stride = kWidth;
+  }
+  if (straddle) {
+    unpack(c.p, c.stride, bits, row - 8 * unit, count, unpacked);
+    c.p = unpacked, c.stride = kWidth;
+  }
+  return c;
 }
 
 }  // namespace

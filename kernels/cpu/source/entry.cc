@@ -90,6 +90,45 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
   return ffi::Error::Success();
 }
 
+ffi::Error MultiplyFloats(ffi::ThreadPool pool, ffi::AnyBuffer x_,
+                          ffi::AnyBuffer w_, ffi::AnyBuffer scale_,
+                          ffi::AnyBuffer zero_, ffi::AnyBuffer values_,
+                          ffi::Result<ffi::AnyBuffer> y_, int64_t bits,
+                          int64_t group, bool is_signed, int64_t isa) {
+  const Operand x(x_), w(w_), scale(scale_), zero(zero_), values(values_),
+      y(*y_);
+  const Kernels* const kernels = kernels_of(isa);
+  const int64_t groups = group > 0 ? (x.columns + group - 1) / group : 0;
+  auto per_column = [&](const Operand& o) {
+    return o.empty() || o.is(y.batch, groups, y.columns);
+  };
+  const bool dense = bits == 2 || bits == 4;
+  const bool fits = kernels && groups > 0 && bits >= 1 && bits <= 8 &&
+                    (!dense || groups == 1 || group % (8 / bits) == 0) &&
+                    x.is(y.batch, y.rows, x.columns) &&
+                    w.is(y.batch, w.rows, y.columns) &&
+                    w.rows * 8 >= x.columns * bits && per_column(scale) &&
+                    per_column(zero) &&
+                    (bits > 4 ? values.empty() : values.is(y.batch, 1, 16));
+  if (!fits)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "quantlab: shapes of a product do not fit");
+  FloatProduct a{};
+  a.m = x.rows, a.k = x.columns, a.n = y.columns;
+  a.group = group, a.groups = groups;
+  a.bits = bits, a.is_signed = is_signed;
+  a.code_rows = w.rows;
+  const int64_t threads = pool.num_threads();
+  for (int64_t b = 0; b < y.batch; ++b) {
+    a.x = x.at<float>(b), a.codes = w.at<uint8_t>(b);
+    a.values = values.at<float>(b);
+    a.scale = scale.at<float>(b), a.zero = zero.at<float>(b);
+    a.y = y.at<float>(b);
+    multiply_floats(*kernels, a, pool, threads);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace quantlab
 
@@ -98,6 +137,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_multiply, quantlab::Multiply,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("is_signed")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_multiply_floats,
+                              quantlab::MultiplyFloats,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

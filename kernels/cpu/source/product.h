@@ -48,6 +48,31 @@ struct Plan {
   int64_t work_bytes;  // of the scratch space of one task
 };
 
+// y[m, n] = sum_k x[m, k] (value[k, n] - zero[g, n]) scale[g, n]
+//
+// Values are integers read from bit streams along k, or, up to four bits,
+// entries of `values` by the lowest four bits at the code (so the 2^bits
+// entries are repeated to 16). A group is a multiple of the codes in a byte.
+struct FloatProduct {
+  int64_t m, k, n;
+  int64_t group, groups;
+  int64_t bits;
+  bool is_signed;
+  const float* x;
+  const uint8_t* codes;
+  int64_t code_rows;
+  const float* values;  // (16) or null
+  const float* scale;   // (groups, n) or null
+  const float* zero;
+  float* y;
+};
+
+struct FloatPlan {
+  bool unpack, direct;
+  int64_t planes, stride, rows, panel, block;
+  int64_t x_bytes, work_bytes;
+};
+
 struct Kernels {
   Plan (*plan)(const Product&, int64_t threads);
   // Orders rows [begin, end) of the activations as the codes lie.
@@ -57,6 +82,10 @@ struct Kernels {
   void (*task)(const Product&, const Plan&, const int32_t* x,
                const int32_t* sums, int64_t m0, int64_t m1, int64_t n0,
                int64_t n1, void* work);
+  FloatPlan (*float_plan)(const FloatProduct&, int64_t threads);
+  void (*float_task)(const FloatProduct&, const FloatPlan&, const float* x,
+                     int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                     void* work);
 };
 
 const Kernels& avx2_kernels();

@@ -1,6 +1,8 @@
 // A product on the threads of a pool.
 #pragma once
 
+#include <cstring>
+
 #include "parallel.h"
 #include "product.h"
 
@@ -27,6 +29,28 @@ void multiply(const Kernels& kernels, Product a, Pool& pool, int64_t threads) {
     const int64_t n1 = n0 + plan.panel, m1 = m0 + plan.rows;
     kernels.task(a, plan, x, sums, m0, m1 < a.m ? m1 : a.m, n0,
                  n1 < a.n ? n1 : a.n, scratch(2, plan.work_bytes));
+  });
+}
+
+template <typename Pool>
+void multiply_floats(const Kernels& kernels, const FloatProduct& a, Pool& pool,
+                     int64_t threads) {
+  if (a.k * a.n * (a.m < 8 ? 8 : a.m) < 8 * kAlone) threads = 1;
+  const FloatPlan plan = kernels.float_plan(a, threads);
+  // Zeros follow each row: the last byte may hold more codes than there are.
+  auto* x = static_cast<float*>(scratch(0, plan.x_bytes));
+  for (int64_t r = 0; r < a.m; ++r) {
+    float* const row = x + r * plan.stride;
+    std::memcpy(row, a.x + r * a.k, 4 * a.k);
+    std::memset(row + a.k, 0, 4 * (plan.stride - a.k));
+  }
+  const int64_t panels = (a.n + plan.panel - 1) / plan.panel;
+  const int64_t chunks = (a.m + plan.rows - 1) / plan.rows;
+  parallel(pool, threads, panels * chunks, [&](int64_t i) {
+    const int64_t n0 = i % panels * plan.panel, m0 = i / panels * plan.rows;
+    const int64_t n1 = n0 + plan.panel, m1 = m0 + plan.rows;
+    kernels.float_task(a, plan, x, m0, m1 < a.m ? m1 : a.m, n0,
+                       n1 < a.n ? n1 : a.n, scratch(2, plan.work_bytes));
   });
 }
 

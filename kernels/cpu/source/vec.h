@@ -78,6 +78,19 @@ QL_INLINE F spread_f(float v) { return _mm512_set1_ps(v); }
 QL_INLINE F mul_f(F a, F b) { return _mm512_mul_ps(a, b); }
 QL_INLINE F fma_f(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 QL_INLINE F cast_f(I v) { return _mm512_castsi512_ps(v); }
+QL_INLINE F sub_f(F a, F b) { return _mm512_sub_ps(a, b); }
+QL_INLINE I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
+QL_INLINE I right32(I v, int s) { return _mm512_srli_epi32(v, s); }
+QL_INLINE I widen(const void* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+QL_INLINE I widen_signed(const void* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+// Entries of 16 floats, by the lowest four bits of each word.
+QL_INLINE F look_up_f(const float* table, I v) {
+  return _mm512_permutexvar_ps(v, load_f(table));
+}
 QL_INLINE void to_lanes(I (&v)[4]) {
   I a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);
   I b = _mm512_shuffle_i32x4(v[0], v[1], 0xEE);
@@ -139,6 +152,20 @@ QL_INLINE F spread_f(float v) { return _mm256_set1_ps(v); }
 QL_INLINE F mul_f(F a, F b) { return _mm256_mul_ps(a, b); }
 QL_INLINE F fma_f(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 QL_INLINE F cast_f(I v) { return _mm256_castsi256_ps(v); }
+QL_INLINE F sub_f(F a, F b) { return _mm256_sub_ps(a, b); }
+QL_INLINE I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
+QL_INLINE I right32(I v, int s) { return _mm256_srli_epi32(v, s); }
+QL_INLINE I widen(const void* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+QL_INLINE I widen_signed(const void* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+QL_INLINE F look_up_f(const float* table, I v) {
+  const F low = _mm256_permutevar8x32_ps(load_f(table), v);
+  const F high = _mm256_permutevar8x32_ps(load_f(table + 8), v);
+  return _mm256_blendv_ps(low, high, cast_f(_mm256_slli_epi32(v, 28)));
+}
 QL_INLINE void to_lanes(I (&v)[4]) {
   I a = _mm256_permute2x128_si256(v[0], v[2], 0x20);
   I b = _mm256_permute2x128_si256(v[0], v[2], 0x31);

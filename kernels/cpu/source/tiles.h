@@ -1,0 +1,178 @@
+// Integer products of a few rows of activations by one strip of the weight.
+#pragma once
+
+#include "decode.h"
+
+namespace quantlab {
+namespace {
+
+QL_INLINE int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+QL_INLINE int64_t max_(int64_t a, int64_t b) { return a > b ? a : b; }
+QL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+QL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// Modulo 2^32, as the vectors are.
+QL_INLINE int32_t times(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) *
+                              static_cast<uint32_t>(b));
+}
+QL_INLINE int32_t minus(int32_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) -
+                              static_cast<uint32_t>(b));
+}
+
+template <int R>
+QL_INLINE void begin(I (&sum)[R][4], const int32_t* out, bool more) {
+  if (more)
+    each<R * 4>([&](auto i) QL_NOW {
+      sum[i / 4][i % 4] = load(out + i * kWidth / 4);
+    });
+  else
+    each<R * 4>([&](auto i) QL_NOW { sum[i / 4][i % 4] = zeros(); });
+}
+
+// R rows of activations by decoded words; no call in here, or the compiler
+// spills the sums.
+template <int R>
+QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
+                          const int32_t* x, int64_t stride, Ahead& ahead) {
+  Ahead fetch = ahead;
+  for (int64_t i = 0; i < words; ++i, w += 4 * kWidth) {
+    if (i & 1) fetch.fetch();
+    I v[4];
+    each<4>([&](auto j) QL_NOW { v[j] = load(w + j * kWidth); });
+    each<R>([&](auto r) QL_NOW {
+      const X a = spread(x[r * stride + i]);
+      each<4>([&](auto j) QL_NOW { sum[r][j] = dot(sum[r][j], v[j], a); });
+    });
+  }
+  ahead = fetch;
+}
+
+template <int R>
+__attribute__((noinline)) void tile(const uint8_t* w, int64_t words,
+                                    const int32_t* x, int64_t stride,
+                                    int32_t* out, bool more, Ahead& ahead) {
+  I sum[R][4];
+  begin<R>(sum, out, more);
+  accumulate<R>(sum, w, words, x, stride, ahead);
+  each<R * 4>([&](auto i) QL_NOW {
+    store(out + i * kWidth / 4, sum[i / 4][i % 4]);
+  });
+}
+
+// Where the last sums of a group go: y (+)= scale (sum - zero x_sum).
+struct Onto {
+  const int32_t* x_sums;  // of the rows, `groups` apart
+  int64_t groups;
+  int offset;
+  const I *zero, *scale;
+  float* y;
+  bool first;
+};
+
+template <int R, bool kZero>
+__attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
+                                         const int32_t* x, int64_t stride,
+                                         const int32_t* sums, bool more,
+                                         Ahead& ahead, const Onto& to) {
+  I sum[R][4];
+  begin<R>(sum, sums, more);
+  accumulate<R>(sum, w, words, x, stride, ahead);
+  each<R>([&](auto r) QL_NOW {
+    const int32_t x_sum = to.x_sums[r * to.groups];
+    const I by = ::words(kZero ? x_sum : times(to.offset, x_sum));
+    each<4>([&](auto j) QL_NOW {
+      float* const y = to.y + r * kWidth + j * kWidth / 4;
+      const F f = floats(sub(sum[r][j], kZero ? mul(to.zero[j], by) : by));
+      const F scale = cast_f(to.scale[j]);
+      store_f(y, to.first ? mul_f(f, scale) : fma_f(f, scale, load_f(y)));
+    });
+  });
+}
+
+// The same from the codes: for so few rows that decoding once is enough.
+template <int R, int P, bool kTable>
+__attribute__((noinline)) void direct(Codes c, Ahead& ahead, const int32_t* x,
+                                      int64_t stride, int32_t* out,
+                                      bool more) {
+  constexpr int kBits = 8 / P;
+  // With registers to spare the planes are masked where they lie, so that
+  // plane p sums 2^(p kBits) times its products: no shifts of codes.
+  constexpr bool kApart = !kTable && P > 1 && R * P <= (kWidth == 64 ? 6 : 2);
+  const I table = kTable ? table16(c.table) : zeros();
+  Ahead fetch = ahead;
+  I sum[kApart ? P : 1][R][4];
+  begin<R>(sum[0], out, more);
+  if constexpr (kApart)
+    each<P - 1>([&](auto p) QL_NOW { begin<R>(sum[p + 1], out, false); });
+  for (; c.rows > 0; c.rows -= 4, c.p += 4 * c.stride, x += P) {
+    I v[4];
+    interleave(c.p, c.stride, c.rows, v);
+    fetch.fetch();
+    each<P>([&](auto p) QL_NOW {
+      X a[R];
+      each<R>([&](auto r) QL_NOW { a[r] = spread(x[r * stride + p]); });
+      const int mask = ((1 << kBits) - 1) << (kApart ? kBits * p : 0);
+      const I flip = bytes(c.flip & mask);
+      each<4>([&](auto j) QL_NOW {
+        const I w = kApart ? pick(v[j], bytes(mask), flip)
+                           : plane<P, kTable>(v[j], p, flip, table);
+        each<R>([&](auto r) QL_NOW {
+          I& s = sum[kApart ? p : 0][r][j];
+          s = dot(s, w, a[r]);
+        });
+      });
+    });
+  }
+  ahead = fetch;
+  each<R * 4>([&](auto i) QL_NOW {
+    I s = sum[0][i / 4][i % 4];
+    if constexpr (kApart)
+      each<P - 1>([&](auto p) QL_NOW {
+        s = add(s, shift_sum<(p + 1) * kBits>(sum[p + 1][i / 4][i % 4]));
+      });
+    store(out + i * kWidth / 4, s);
+  });
+}
+
+using Tile = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
+                      int32_t*, bool, Ahead&);
+using Decode = void (*)(Codes, Ahead&, uint8_t*);
+using Direct = void (*)(Codes, Ahead&, const int32_t*, int64_t, int32_t*, bool);
+
+template <int R>
+constexpr Tile tile_or_last = tile<(R <= kTile ? R : kTile)>;
+constexpr Tile kTiles[] = {tile_or_last<1>, tile_or_last<2>, tile_or_last<3>,
+                           tile_or_last<4>, tile_or_last<5>, tile_or_last<6>};
+
+using TileOnto = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
+                          const int32_t*, bool, Ahead&, const Onto&);
+template <int R, bool Z>
+constexpr TileOnto onto_or_last = tile_onto<(R <= kTile ? R : kTile), Z>;
+template <bool Z>
+constexpr TileOnto kTilesOnto[] = {onto_or_last<1, Z>, onto_or_last<2, Z>,
+                                   onto_or_last<3, Z>, onto_or_last<4, Z>,
+                                   onto_or_last<5, Z>, onto_or_last<6, Z>};
+
+template <int P, bool T>
+struct Decoder {
+  template <int R>
+  static constexpr Direct at_most = direct<(R <= kDirect ? R : kDirect), P, T>;
+  static constexpr Direct directs[] = {at_most<1>, at_most<2>, at_most<3>,
+                                       at_most<4>};
+};
+template <int P, bool T>
+constexpr Direct Decoder<P, T>::directs[];
+
+template <int P>
+Decode decode_of(bool table) {
+  return table ? decode<P, true> : decode<P, false>;
+}
+template <int P>
+Direct direct_of(bool table, int64_t rows) {
+  return table ? Decoder<P, true>::directs[rows - 1]
+               : Decoder<P, false>::directs[rows - 1];
+}
+
+}  // namespace
+}  // namespace quantlab
