@@ -10,6 +10,7 @@ which scales a product without it.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,7 @@ def _call(spec: Spec, x, w, scale, zero, x_scale, x_zero, table):
 def ffi_call(
   target: str,
   spec: Spec,
-  operands: Sequence[jax.Array | None],
+  operands: Sequence[Any],
   dtypes: Sequence[str | None],
 ) -> jax.Array:
   """Calls the kernels on (x, w, ...); operands that are None become empty."""
