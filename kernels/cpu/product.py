@@ -37,8 +37,8 @@ class Spec:
   isa: str
 
 
-def refuses(x: jax.Array, w: jax.Array) -> str | None:
-  """Returns why the kernels cannot multiply x by w, or None."""
+def refuses(*operands: jax.Array) -> str | None:
+  """Returns why the kernels cannot run on these operands, or None."""
   if jax.default_backend() != 'cpu':
     return f'the kernels run on cpu, the platform is {jax.default_backend()}'
   if not (int_dot.on_one_cpu() or _is_local()):
@@ -46,7 +46,7 @@ def refuses(x: jax.Array, w: jax.Array) -> str | None:
       f'{jax.device_count()} devices: an operand that is sharded would be '
       'gathered, and whether one is cannot be seen here; use shard_map'
     )
-  if not (x.size and w.size):
+  if not all(a.size for a in operands):
     return 'an operand is empty'
   return library.unavailable()
 

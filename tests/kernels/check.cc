@@ -146,17 +146,97 @@ struct Case {
     return true;
   }
 
-  static int64_t code(const Product& a, const Exact<uint8_t>& codes,
-                      const Exact<int8_t>& table, int64_t k, int64_t n) {
-    int64_t v = 0;
-    for (int64_t b = 0; b < a.bits; ++b) {
-      const int64_t bit = k * a.bits + b;
-      v |= static_cast<int64_t>(codes.get(bit / 8 * a.n + n) >> bit % 8 & 1) << b;
+  bool run_floats(const Kernels& kernels) {
+    quantlab::FloatProduct a{};
+    a.m = pick(1, 9), a.k = pick(1, 90), a.n = pick(1, 150);
+    a.bits = pick(1, 8), a.is_signed = pick(0, 1);
+    const int64_t planes = a.bits == 4 ? 2 : a.bits == 2 ? 4 : 1;
+    a.group = pick(0, 1) ? a.k : planes * pick(1, 20);
+    if (a.group > a.k) a.group = a.k;
+    a.groups = (a.k + a.group - 1) / a.group;
+    const bool straddle = a.bits != 8 && planes == 1;
+    a.code_rows = straddle ? (a.k + 7) / 8 * a.bits : (a.k + planes - 1) / planes;
+    Exact<float> x(a.m * a.k, 0), values(16, 0), y(a.m * a.n, 0);
+    Exact<float> scale(a.groups * a.n, 0), zero(a.groups * a.n, 0);
+    Exact<uint8_t> codes(a.code_rows * a.n, pick(0, 63));
+    for (int64_t i = 0; i < codes.count; ++i) codes.set(i, pick(0, 255));
+    for (int64_t i = 0; i < x.count; ++i) x.set(i, pick(-9, 9));
+    for (int64_t i = 0; i < 16; ++i)
+      values.set(i, i < 1 << a.bits ? pick(-9, 9) : values.get(i % (1 << a.bits)));
+    for (int64_t i = 0; i < scale.count; ++i)
+      scale.set(i, pick(1, 2)), zero.set(i, pick(-5, 5));
+    a.x = x.p, a.codes = codes.p, a.y = y.p;
+    a.values = a.bits <= 4 ? values.p : nullptr;
+    a.scale = pick(0, 2) ? scale.p : nullptr;
+    a.zero = pick(0, 1) ? zero.p : nullptr;
+    Pool pool;
+    quantlab::multiply_floats(kernels, a, pool, pick(1, 3));
+    for (int64_t i = 0; i < a.m * a.n; ++i) {
+      const int64_t m = i / a.n, n = i % a.n;
+      double want = 0;
+      for (int64_t k = 0; k < a.k; ++k) {
+        const int64_t c = bits_at(codes, a.bits, a.n, k, n), g = k / a.group;
+        double w = a.values ? values.get(c) : signed_of(a, c);
+        if (a.zero) w -= zero.get(g * a.n + n);
+        if (a.scale) w *= scale.get(g * a.n + n);
+        want += w * x.get(m * a.k + k);
+      }
+      if (y.get(i) != want) {
+        std::printf("floats m=%ld k=%ld n=%ld bits=%ld group=%ld: %g not %g\n",
+                    static_cast<long>(a.m), static_cast<long>(a.k),
+                    static_cast<long>(a.n), static_cast<long>(a.bits),
+                    static_cast<long>(a.group), y.get(i), want);
+        return false;
+      }
     }
-    if (a.table) return table.get(v);
+    return true;
+  }
+
+  bool run_quantize(const Kernels& kernels) {
+    const int64_t rows = pick(1, 5), k = pick(1, 70);
+    Exact<float> x(rows * k, 0), scale(rows, 0);
+    Exact<int8_t> codes(rows * k, pick(0, 3));
+    Exact<int32_t> zero(rows, 0);
+    for (int64_t i = 0; i < rows * k; ++i) x.set(i, 0.37f * pick(-99, 99));
+    const quantlab::Quantize a{rows,    k,       true,    -128,   127, x.p,
+                               nullptr, nullptr, codes.p, scale.p, zero.p};
+    Pool pool;
+    quantlab::quantize_rows(kernels, a, pool, 2);
+    for (int64_t i = 0; i < rows * k; ++i) {
+      const float s = scale.get(i / k);
+      if (codes.get(i) != std::nearbyint(x.get(i) * (1 / s))) return false;
+    }
+    return true;
+  }
+
+  template <typename A>
+  static int64_t signed_of(const A& a, int64_t v) {
     return a.is_signed && v >> (a.bits - 1) ? v - (int64_t{1} << a.bits) : v;
   }
+
+  static int64_t bits_at(const Exact<uint8_t>& codes, int64_t bits, int64_t n,
+                         int64_t k, int64_t column) {
+    int64_t v = 0;
+    for (int64_t b = 0; b < bits; ++b) {
+      const int64_t bit = k * bits + b;
+      v |= static_cast<int64_t>(codes.get(bit / 8 * n + column) >> bit % 8 & 1)
+           << b;
+    }
+    return v;
+  }
+
+  static int64_t code(const Product& a, const Exact<uint8_t>& codes,
+                      const Exact<int8_t>& table, int64_t k, int64_t n) {
+    const int64_t v = bits_at(codes, a.bits, a.n, k, n);
+    if (a.table) return table.get(v);
+    return signed_of(a, v);
+  }
 };
+
+bool all(const Kernels& kernels, unsigned seed) {
+  Case c{std::mt19937(seed)};
+  return c.run(kernels) && c.run_floats(kernels) && c.run_quantize(kernels);
+}
 
 }  // namespace
 
@@ -168,11 +248,11 @@ int main(int argc, char** argv) {
     const unsigned seed = static_cast<unsigned>(i);
 #ifdef QL_AVX512VNNI
     if (__builtin_cpu_supports("avx512vnni"))
-      good = Case{std::mt19937(seed)}.run(quantlab::avx512vnni_kernels());
+      good = all(quantlab::avx512vnni_kernels(), seed);
 #endif
 #ifdef QL_AVX2
     if (good && __builtin_cpu_supports("avx2"))
-      good = Case{std::mt19937(seed)}.run(quantlab::avx2_kernels());
+      good = all(quantlab::avx2_kernels(), seed);
 #endif
     if (!good) std::printf("seed %u\n", seed);
   }

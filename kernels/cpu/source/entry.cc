@@ -129,6 +129,42 @@ ffi::Error MultiplyFloats(ffi::ThreadPool pool, ffi::AnyBuffer x_,
   return ffi::Error::Success();
 }
 
+ffi::Error QuantizeRows(ffi::ThreadPool pool, ffi::AnyBuffer x,
+                        ffi::AnyBuffer scale, ffi::AnyBuffer zero,
+                        ffi::Result<ffi::AnyBuffer> codes,
+                        ffi::Result<ffi::AnyBuffer> scale_out,
+                        ffi::Result<ffi::AnyBuffer> zero_out, bool symmetric,
+                        int64_t low, int64_t high, int64_t isa) {
+  const Kernels* const kernels = kernels_of(isa);
+  const int64_t rows = scale_out->element_count();
+  const int64_t k = rows ? x.element_count() / rows : 0;
+  auto per_row = [&](const ffi::AnyBuffer& b) {
+    const int64_t n = b.element_count();
+    return n == 0 || n == rows;
+  };
+  if (!kernels || x.element_count() != rows * k || !per_row(scale) ||
+      codes->element_count() != rows * k || !per_row(zero) ||
+      zero_out->element_count() != rows)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "quantlab: shapes of a quantizer do not fit");
+  auto given = [](const ffi::AnyBuffer& b) {
+    return b.element_count() ? b.untyped_data() : nullptr;
+  };
+  const Quantize a{rows,
+                   k,
+                   symmetric,
+                   static_cast<int>(low),
+                   static_cast<int>(high),
+                   static_cast<const float*>(x.untyped_data()),
+                   static_cast<const float*>(given(scale)),
+                   static_cast<const int32_t*>(given(zero)),
+                   static_cast<int8_t*>(codes->untyped_data()),
+                   static_cast<float*>(scale_out->untyped_data()),
+                   static_cast<int32_t*>(zero_out->untyped_data())};
+  quantize_rows(*kernels, a, pool, pool.num_threads());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace quantlab
 
@@ -161,6 +197,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_multiply_floats,
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group")
                                   .Attr<bool>("is_signed")
+                                  .Attr<int64_t>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_quantize, quantlab::QuantizeRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("symmetric")
+                                  .Attr<int64_t>("low")
+                                  .Attr<int64_t>("high")
                                   .Attr<int64_t>("isa"));
 
 // The instruction sets of this machine, as bits.

@@ -7,6 +7,7 @@
 #include "decode.h"
 #include "floats.h"
 #include "product.h"
+#include "quantize.h"
 #include "tiles.h"
 
 namespace quantlab {
@@ -338,7 +339,8 @@ void task(const Product& a, const Plan& plan, const int32_t* x,
   t.run();
 }
 
-constexpr Kernels kKernels{plan, prepare, task, float_plan, float_task};
+constexpr Kernels kKernels{plan, prepare, task, float_plan, float_task,
+                           quantize};
 
 }  // namespace
 

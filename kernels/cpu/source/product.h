@@ -73,6 +73,19 @@ struct FloatPlan {
   int64_t x_bytes, work_bytes;
 };
 
+// Rows of floats to codes in [low, high]; see quantize_activation.
+struct Quantize {
+  int64_t rows, k;
+  bool symmetric;
+  int low, high;
+  const float* x;
+  const float* scale;   // (rows), given, or null: measured
+  const int32_t* zero;  // (rows), with scale, or null
+  int8_t* codes;
+  float* scale_out;   // (rows)
+  int32_t* zero_out;  // (rows)
+};
+
 struct Kernels {
   Plan (*plan)(const Product&, int64_t threads);
   // Orders rows [begin, end) of the activations as the codes lie.
@@ -86,6 +99,7 @@ struct Kernels {
   void (*float_task)(const FloatProduct&, const FloatPlan&, const float* x,
                      int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                      void* work);
+  void (*quantize)(const Quantize&, int64_t begin, int64_t end);
 };
 
 const Kernels& avx2_kernels();

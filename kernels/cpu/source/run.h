@@ -54,4 +54,15 @@ void multiply_floats(const Kernels& kernels, const FloatProduct& a, Pool& pool,
   });
 }
 
+template <typename Pool>
+void quantize_rows(const Kernels& kernels, const Quantize& a, Pool& pool,
+                   int64_t threads) {
+  // Sixteen parts of many rows; few are done before a thread has woken.
+  const int64_t share = a.rows * a.k < kAlone ? a.rows : (a.rows + 15) / 16;
+  parallel(pool, threads, (a.rows + share - 1) / share, [&](int64_t i) {
+    const int64_t end = (i + 1) * share;
+    kernels.quantize(a, i * share, end < a.rows ? end : a.rows);
+  });
+}
+
 }  // namespace quantlab

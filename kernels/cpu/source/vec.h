@@ -32,8 +32,13 @@ QL_INLINE void each(const F& f) {
 #if defined(__AVX512VNNI__)
 
 constexpr int kWidth = 64;
+#ifdef QL_ROWS  // small tiles compile fast, under the sanitizers
+constexpr int kTile = QL_ROWS;
+constexpr int kDirect = QL_ROWS;
+#else
 constexpr int kTile = 6;    // rows of a register tile: 24 of 32 registers
 constexpr int kDirect = 4;  // rows at most to decode within the product
+#endif
 using I = __m512i;
 using F = __m512;
 struct X {
@@ -79,6 +84,21 @@ QL_INLINE F mul_f(F a, F b) { return _mm512_mul_ps(a, b); }
 QL_INLINE F fma_f(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 QL_INLINE F cast_f(I v) { return _mm512_castsi512_ps(v); }
 QL_INLINE F sub_f(F a, F b) { return _mm512_sub_ps(a, b); }
+QL_INLINE F add_f(F a, F b) { return _mm512_add_ps(a, b); }
+// The second where one is NaN.
+QL_INLINE F min_f(F a, F b) { return _mm512_min_ps(a, b); }
+QL_INLINE F max_f(F a, F b) { return _mm512_max_ps(a, b); }
+QL_INLINE F round_f(F v) { return _mm512_roundscale_ps(v, 8); }
+// v, or 0 where it is NaN.
+QL_INLINE F known_f(F v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+}
+// Whole numbers of a byte.
+QL_INLINE void store_bytes(int8_t* p, F v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+QL_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
 QL_INLINE I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
 QL_INLINE I right32(I v, int s) { return _mm512_srli_epi32(v, s); }
 QL_INLINE I widen(const void* p) {
@@ -153,6 +173,20 @@ QL_INLINE F mul_f(F a, F b) { return _mm256_mul_ps(a, b); }
 QL_INLINE F fma_f(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 QL_INLINE F cast_f(I v) { return _mm256_castsi256_ps(v); }
 QL_INLINE F sub_f(F a, F b) { return _mm256_sub_ps(a, b); }
+QL_INLINE F add_f(F a, F b) { return _mm256_add_ps(a, b); }
+QL_INLINE F min_f(F a, F b) { return _mm256_min_ps(a, b); }
+QL_INLINE F max_f(F a, F b) { return _mm256_max_ps(a, b); }
+QL_INLINE F round_f(F v) { return _mm256_round_ps(v, 8); }
+QL_INLINE F known_f(F v) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
+}
+QL_INLINE void store_bytes(int8_t* p, F v) {
+  const I i = _mm256_cvtps_epi32(v);
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(i),
+                                       _mm256_extracti128_si256(i, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
+QL_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
 QL_INLINE I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
 QL_INLINE I right32(I v, int s) { return _mm256_srli_epi32(v, s); }
 QL_INLINE I widen(const void* p) {
