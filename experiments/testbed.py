@@ -151,7 +151,7 @@ def _on_digits(config: Any) -> Trained:
   def judge(params):
     logits = model(config).apply(params, digits.preprocess(data.test_x))
     return {
-      'cross-entropy': _cross_entropy(logits, data.test_y),
+      'cross-entropy': _cross_entropy(logits, jnp.asarray(data.test_y)),
       'accuracy': (logits.argmax(-1) == data.test_y).mean(),
     }
 

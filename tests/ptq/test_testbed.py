@@ -33,14 +33,14 @@ def injected(seed):
   return beds.one_sided(params, seed, channels=4)
 
 
-def after(params, rule, transform, seed=0):
+def after(params, rule, transform, blocks='.*'):
   model = ql.ptq(
     bed().apply,
     params,
-    {'block_.*/kernel$': rule},
+    {f'block_{blocks}/kernel$': rule},
     [bed().kept['calibration'][:16, :-1]],
     transform,
-    key=jax.random.key(seed),
+    key=jax.random.key(0),
   )
   return nats(model.params, model.apply)
 
@@ -71,6 +71,15 @@ def test_norm_tweak_helps():
 
 
 def test_rotate_smooth_gptq_norm_tweak():
+  """All in one chain; in one block, for what this costs.
+
+  Measured with three injections: 0.04 of what rounding loses.
+  """
   params = beds.outlier_channels(bed().params, 0, channels=4)
   chain = ql.chain(ql.rotate(), ql.smooth(), ql.gptq(), ql.norm_tweak(1e-3))
-  assert after(params, W4A4, chain) < after(params, W4A4, ql.rtn())
+  floor = nats(bed().params)
+  plain, mended = (
+    after(params, W4A4, t, blocks='0/.*') - floor for t in (ql.rtn(), chain)
+  )
+  assert plain > 0.5
+  assert mended < plain / 4
