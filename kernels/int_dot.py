@@ -103,7 +103,7 @@ def column_sums(
 def centered_dot(
   x: Int8[Array, 'm k'],
   w: Int8[Array, 'k n'],
-  x_zero: Int32[Array, 'm #1'] | None,
+  x_zero: Int32[Array, ' m #1'] | None,
   w_zero: Int32[Array, '1 n'] | None,
   *,
   transpose_w: bool = False,

@@ -74,8 +74,8 @@ def multiply(
   w: UInt8[Array, 'kp n'] | Int8[Array, 'k n'],
   scale: Float[Array, 'g n'] | None,
   zero: Int[Array, 'g n'] | None,
-  x_scale: Float[Array, 'm #g'] | None,
-  x_zero: Int[Array, 'm #g'] | None,
+  x_scale: Float[Array, ' m #g'] | None,
+  x_zero: Int[Array, ' m #g'] | None,
   table: Int8[Array, ' codes'] | None = None,
   *,
   bits: int,
@@ -225,7 +225,7 @@ def ffi_call(
     jnp.zeros((0, 0, 0), d) if a is None else a
     for a, d in zip(operands, dtypes, strict=True)
   ]
-  return jax.ffi.ffi_call(
+  y = jax.ffi.ffi_call(
     target, jax.ShapeDtypeStruct(shape, jnp.dtype(spec.out))
   )(
     *given,
@@ -234,3 +234,6 @@ def ffi_call(
     is_signed=np.bool_(spec.signed),
     isa=np.int64(library.ISAS[spec.isa]),
   )
+  # Inside shard_map it varies over the axes that any of its operands does.
+  axes = frozenset().union(*(jax.typeof(a).mat.varying for a in given))
+  return jax.lax.pcast(y, tuple(axes), to='varying') if axes else y

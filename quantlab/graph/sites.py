@@ -46,6 +46,7 @@ class Site:
     address: where the product stands in the program.
     view: axis bookkeeping of the weight (None unless derivation is 'leaf').
     fold: the per-channel affine map that follows, if there is one.
+    precision: of the traced product, as `lax.dot_general` takes it.
   """
 
   id: str
@@ -68,6 +69,7 @@ class Site:
   address: Address = dataclasses.field(default=(), compare=False)
   view: views.View | None = dataclasses.field(default=None, compare=False)
   fold: folds.Fold | None = dataclasses.field(default=None, compare=False)
+  precision: Any = dataclasses.field(default=None, compare=False)
 
   @property
   def path(self) -> str | None:

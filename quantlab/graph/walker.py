@@ -303,6 +303,7 @@ class Walker:
         refused=refused or _refusal(weight, view, inside, constant),
         address=address,
         view=view,
+        precision=eqn.params.get('precision'),
       )
     )
 

@@ -3,7 +3,7 @@
 The ways:
   int8         integer codes of both operands, int32 accumulation; over groups
                or blocks of the contraction a float32 sum of int32 sums;
-  weight only  dequantized weight, float product;
+  weight only  codes decoded within a float product;
   simulated    dequantized operands, float product: formats that have no
                integer product, or scales that cannot be taken out of one;
   lookup       rows of an embedding, decoded one by one.
@@ -84,6 +84,8 @@ def product(
     if integer and way == 'int8' and _aligned(site, w):
       run = _int8_conv if site.kind == 'conv' else _int8_dot
       return run(site, x, w, quantizer, qparams)
+    if integer and way == 'weight only' and _decodable(site, w):
+      return _float_dot(site, x, w)
     w = w.dequantize()
   if quantizer is not None:
     x = activation.fake_quantize_activation(
@@ -137,6 +139,34 @@ def _int8_dot(site, x, w, quantizer, qparams):
       signed=q.format.signed,
       **options,
     )
+  return dims.out_restore(out, x.shape, w.shape)
+
+
+def _decodable(site, w: QTensor) -> bool:
+  """Whether codes are decoded within the product.
+
+  Not those of a codebook that is stored beside them; nor where the program
+  rounds its weights to 16 bits, since kernels decode to float32.
+  """
+  known = w.codebook is None and w.dtype == jnp.float32
+  return site.kind == 'dot' and known and _aligned(site, w)
+
+
+def _float_dot(site, x, w):
+  dims, q, found = site.dims, w.quantizer, w.qparams
+  integer = q.format.is_integer and q.format.has_zero
+  out = kernels.w4a16_matmul(
+    dims.x_matrix(x),
+    w.packed,
+    found.step,
+    bits=q.format.bits,
+    group=q.group if q.block is None else q.block[0],
+    zero_point=found.zero_point,
+    signed=q.format.signed,
+    decode=None if integer else q.grid.decode,
+    out_dtype=jnp.dtype(site.out_dtype),
+    precision=site.precision,
+  )
   return dims.out_restore(out, x.shape, w.shape)
 
 

@@ -205,7 +205,7 @@ def _by_row(p: QParams, q: Quantizer, n: int) -> QParams:
 def _sweep(
   x: Float[Array, 'k n'],
   upper: Float[Array, 'k k'],
-  groups: Int[Array, 'k'],
+  groups: Int[Array, ' k'],
   rows: _Rows,
 ) -> tuple[Array, _Rows, Array]:
   """Rounds all rows in order; updates within a block, then all that follows."""
