@@ -234,6 +234,10 @@ def ffi_call(
     is_signed=np.bool_(spec.signed),
     isa=np.int64(library.ISAS[spec.isa]),
   )
-  # Inside shard_map it varies over the axes that any of its operands does.
-  axes = frozenset().union(*(jax.typeof(a).mat.varying for a in given))
+  return varying(y, given)
+
+
+def varying(y: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
+  """Marks a result as varying over the axes of shard_map that operands do."""
+  axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
   return jax.lax.pcast(y, tuple(axes), to='varying') if axes else y

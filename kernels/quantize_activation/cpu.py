@@ -43,7 +43,12 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
   def f(x, scale, zero):
     rows = (*x.shape[:-1], 1)
     none = (0,) * x.ndim
-    q, s, z = jax.ffi.ffi_call(
+    given = (
+      x,
+      jnp.zeros(none, jnp.float32) if scale is None else scale,
+      jnp.zeros(none, jnp.int32) if zero is None else zero,
+    )
+    found = jax.ffi.ffi_call(
       library.QUANTIZE,
       (
         jax.ShapeDtypeStruct(x.shape, jnp.int8),
@@ -51,12 +56,8 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
         jax.ShapeDtypeStruct(rows, jnp.int32),
       ),
       vmap_method='broadcast_all',
-    )(
-      x,
-      jnp.zeros(none, jnp.float32) if scale is None else scale,
-      jnp.zeros(none, jnp.int32) if zero is None else zero,
-      **attributes,
-    )
+    )(*given, **attributes)
+    q, s, z = (product.varying(y, given) for y in found)
     plain = symmetric and zero is None
     return q, s, None if plain else z if scale is None else zero
 

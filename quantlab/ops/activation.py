@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quantlab import core
-from quantlab.core import QParams, Quantizer
+import quantlab_kernels as kernels
+from quantlab import core, formats
+from quantlab.core import QParams, Quantizer, scales
 from quantlab.ops.dims import ConvDims, Dims, DotDims, GatherDims
 
 
@@ -126,6 +127,15 @@ def to_integers(
   qparams: QParams | None = None,
 ) -> IntegerRows:
   """Integer codes of `matrix`, which is x as (batch..., M, K)."""
+  if qparams is None and _plain(quantizer):
+    return IntegerRows(
+      *kernels.quantize_activation(
+        matrix,
+        bits=quantizer.bits,
+        symmetric=quantizer.symmetric,
+        narrow=quantizer.narrow,
+      )
+    )
   if qparams is None:
     source = _flat(x) if quantizer.per == 'tensor' else matrix
     qparams = core.fit(source, quantizer, axis=-1)
@@ -135,6 +145,17 @@ def to_integers(
     quantizer.format.to_int8(codes),
     qparams.scale,
     None if zero is None else zero.astype(jnp.int32),
+  )
+
+
+def _plain(q: Quantizer) -> bool:
+  """Whether the kernels quantize as `core` does, bit for bit."""
+  rule = scales.absmax() if q.symmetric else scales.minmax()
+  signed = isinstance(q.format, formats.Integer) and q.format.signed
+  return (
+    (signed and q.format.has_zero and 2 <= q.bits <= 8)
+    and (q.per == 'token' and q.scale == rule)
+    and (q.scale_format == 'float32' and q.rounding == 'nearest')
   )
 
 

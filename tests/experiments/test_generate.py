@@ -57,6 +57,7 @@ def test_the_loop_takes_the_likeliest_token_of_the_whole_text():
 
 def test_launcher(tmp_path, monkeypatch):
   """Measures, checks the text against the definitions, and resumes."""
+  monkeypatch.delenv('XLA_FLAGS', raising=False)  # with one device: kernels
   start = generate._start
 
   def one_process_less(module, folder, stage, *rest):
