@@ -1,6 +1,6 @@
 r"""Greedy generation: tokens per second, memory, and the text.
 
-  python -m experiments.generate --config=configs/generate/stories.py \
+  python -m experiments.generate --config=configs/generate/llama.py \
     --workdir=runs/generate_stories
 
 Quantizes a Llama in every variant of the config, then decodes with each in

@@ -11,8 +11,7 @@ import pytest
 
 from quantlab_kernels.cpu import build, library
 
-WHY = library.unavailable()
-pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+pytestmark = pytest.mark.usefixtures('cpu_kernels')
 
 # A compiler that writes what takes no time to write, and counts its calls.
 FAKE = """\

@@ -6,24 +6,8 @@ import numpy as np
 import pytest
 
 import quantlab_kernels as qk
-from quantlab_kernels import int_dot
-from quantlab_kernels.cpu import library
 
-WHY = library.unavailable()
-pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  monkeypatch.setattr(int_dot, 'on_one_cpu', lambda: True)
-
-
-@pytest.fixture(params=library.ISAS)
-def isa(request, monkeypatch):
-  monkeypatch.setenv('QUANTLAB_CPU_ISA', request.param)
-  why = library.unavailable()
-  if why:
-    pytest.skip(why)
+pytestmark = pytest.mark.usefixtures('cpu_kernels')
 
 
 def _rows(seed):

@@ -12,10 +12,9 @@ import subprocess
 
 import pytest
 
-from quantlab_kernels.cpu import build, library
+from quantlab_kernels.cpu import build
 
-WHY = library.unavailable()
-pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+pytestmark = pytest.mark.usefixtures('cpu_kernels')
 CHECK = pathlib.Path(__file__).parent / 'check.cc'
 # Of undefined behaviour what can depend on operands; all of it runs clean too,
 # and takes five times as long to compile. Small tiles, for the same reason.

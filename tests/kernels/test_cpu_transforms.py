@@ -11,17 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 import quantlab_kernels as qk
 from quantlab_kernels import int_dot
-from quantlab_kernels.cpu import library
 
-WHY = library.unavailable()
-pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+pytestmark = pytest.mark.usefixtures('cpu_kernels')
 M, K, N, G, B = 3, 40, 9, 16, 4
 T = np.float32([1, 2, 3])
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  monkeypatch.setattr(int_dot, 'on_one_cpu', lambda: True)
 
 
 def _rng(*seed):
