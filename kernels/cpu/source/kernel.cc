@@ -20,7 +20,7 @@ constexpr int64_t kPanel = 512;         // columns of one task, at most
 // For so few rows that the weight is read at the speed of memory: wide runs,
 // and the next block, fetched into L2 while this one is multiplied.
 constexpr int64_t kWide = 2048;
-constexpr int64_t kFetched = 128 * 1024;
+constexpr int64_t kFetched = 64 * 1024;
 
 // ---- plan and activations --------------------------------------------------
 
