@@ -90,7 +90,8 @@ def measure(config: Any, folder: pathlib.Path, kind: str) -> dict[str, Any]:
   """Seconds of the prompt and of the tokens after it."""
   import llama_cpp as lc
 
-  lc.llama_log_set(lc.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+  silent = lc.llama_log_callback(lambda *_: None)  # alive as long as it is set
+  lc.llama_log_set(silent, ctypes.c_void_p(0))
   path = file_of(folder, kind)
   model = lc.llama_model_load_from_file(
     os.fsencode(path), lc.llama_model_default_params()

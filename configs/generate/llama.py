@@ -69,7 +69,7 @@ LLAMA_1B = {
   },
   'prompt': {'tokens': (), 'length': 64},
   'tokens': 32,
-  'rounds': 2,
+  'rounds': 1,
   'floats': ('float32', 'bfloat16'),
   'variants': (
     _variant('w8a8', format='int8'),
