@@ -30,9 +30,6 @@ BENCHMARKS = {
   'trace': trace.run,
 }
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to measure.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go.')
-
 
 def _load() -> float | None:
   """Processes that wanted to run in the last minute, ours included."""
@@ -110,12 +107,15 @@ def _ratio(ratios: dict[str, dict[str, float]]) -> tuple[str, str]:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
-  if not _WORKDIR.value:
+  workdir = flags.FLAGS.workdir
+  if not workdir:
     raise app.UsageError('--workdir is needed: a folder for the results')
-  run(_CONFIG.value, _WORKDIR.value)
-  print(f'written to {_WORKDIR.value}: bench.json, metrics.json')
+  run(flags.FLAGS.config, workdir)
+  print(f'written to {workdir}: bench.json, metrics.json')
 
 
 if __name__ == '__main__':
+  config_flags.DEFINE_config_file('config', None, 'What to measure.')
+  flags.DEFINE_string('workdir', None, 'Where results go.')
   flags.mark_flag_as_required('config')
   app.run(main, flags_parser=command_line.parse)

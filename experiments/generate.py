@@ -30,9 +30,6 @@ from quantlab.runtime import files
 
 OURS, PEER = 'experiments.decoding', 'experiments.llama_cpp'
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What to generate.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go.')
-
 
 def run(config: Any, workdir: str) -> dict[str, Any]:
   """Runs a config in a folder; returns what `generate.json` holds.
@@ -181,12 +178,15 @@ def table(result: dict[str, Any]) -> rich_table.Table:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
-  if not _WORKDIR.value:
+  workdir = flags.FLAGS.workdir
+  if not workdir:
     raise app.UsageError('--workdir is needed: a folder for the results')
-  run(_CONFIG.value, _WORKDIR.value)
-  print(f'written to {_WORKDIR.value}: generate.json, metrics.json')
+  run(flags.FLAGS.config, workdir)
+  print(f'written to {workdir}: generate.json, metrics.json')
 
 
 if __name__ == '__main__':
+  config_flags.DEFINE_config_file('config', None, 'What to generate.')
+  flags.DEFINE_string('workdir', None, 'Where results go.')
   flags.mark_flag_as_required('config')
   app.run(main, flags_parser=command_line.parse)

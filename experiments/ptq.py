@@ -186,6 +186,9 @@ def _quantize(
   model = dataclasses.replace(model, report={**model.report, 'made': made})
   ql.save(folder.path / 'checkpoints' / name, model, overwrite=True)
   files.remove(walk)
+  for parent in list(walk.parents)[:2]:  # of the model, of all models
+    if parent.exists() and not any(parent.iterdir()):
+      parent.rmdir()
   folder.update_json('plan.json', name, model.plan.to_json())
   rows = _rows(work, model, left, diagnosis)
   folder.update_json('sites.json', name, rows)
