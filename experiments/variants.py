@@ -36,6 +36,7 @@ TRANSFORMS: dict[str, Callable] = {
     ql.cross_layer_equalization,
     ql.outlier_suppression,
     ql.rotate,
+    ql.fold_norms,
     ql.bias_correction,
     ql.batch_norm_reestimation,
     ql.norm_tweak,

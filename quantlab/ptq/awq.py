@@ -16,8 +16,8 @@ def awq(grid: int = 20, *, rows: int = 256) -> Transform:
   sqrt(max s min s). The exponent r in {0, 1/grid, ..., 1 - 1/grid} is the one
   that leaves the least error in the outputs of all weights that read the
   input, with only the weights quantized; r = 0 is rounding to nearest. The
-  paper's second step, a search for clipped ranges, is the range rule of the
-  weight's quantizer: give it `scale=ql.scales.mse()`.
+  paper's second step, clipped ranges that leave the least error in the outputs,
+  is not done; `scale=ql.scales.mse()` clips by the error of the weights.
 
   Args:
     grid: how many exponents are tried.
@@ -49,7 +49,7 @@ def awq(grid: int = 20, *, rows: int = 256) -> Transform:
       }
     return equalize.scaled(ctx, scales).noted(awq=noted)
 
-  return Transform('awq', 'prepare', run)
+  return Transform('awq', 'prepare', run, {'grid': grid, 'rows': rows})
 
 
 def _candidates(found: Range, exponents):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from quantlab.ptq.transform import Tuner, Tuning
+from quantlab.ptq.transform import Context, Tuner, Tuning
 
 
 def bias_correction() -> Tuner:
@@ -44,8 +44,11 @@ def batch_norm_reestimation(epsilon: float = 1e-5) -> Tuner:
     epsilon: added to both variances.
 
   Raises:
-    ValueError: a weight has no scale of its own for each channel.
+    ValueError: epsilon is not positive; (when run) no product has a folded
+      BatchNorm, or a weight has no scale of its own for each channel.
   """
+  if not epsilon > 0:
+    raise ValueError(f'epsilon is positive, got {epsilon}')
 
   def run(block: Tuning) -> dict[str, Any]:
     gains = []
@@ -61,4 +64,15 @@ def batch_norm_reestimation(epsilon: float = 1e-5) -> Tuner:
         gains += [float(jnp.min(gain)), float(jnp.max(gain))]
     return {'gain': [min(gains), max(gains)]} if gains else {}
 
-  return Tuner('batch_norm_reestimation', run, {'epsilon': epsilon})
+  return Tuner(
+    'batch_norm_reestimation', run, {'epsilon': epsilon}, _needs_batch_norms
+  )
+
+
+def _needs_batch_norms(ctx: Context, gains: frozenset[str]) -> None:
+  del gains
+  if not ctx.plan.folded:
+    raise ValueError(
+      'batch_norm_reestimation() has nothing to act on: it looked for '
+      'quantized products whose BatchNorm the plan folds into the weight'
+    )

@@ -91,7 +91,8 @@ def cross_layer_equalization(
       }
     return ctx.noted(cross_layer_equalization=noted)
 
-  return Transform('cross_layer_equalization', 'prepare', run)
+  options = {'sweeps': sweeps, 'tolerance': tolerance}
+  return Transform('cross_layer_equalization', 'prepare', run, options)
 
 
 def _balance(link: _Link, matrices: dict[str, np.ndarray]) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from quantlab import core
 from quantlab.core import QParams
@@ -34,20 +35,30 @@ def gptq(
       them on the way (then `act_order` must be False).
 
   Raises:
-    ValueError: a Hessian that is not finite, or cannot be factored at any
-      damping tried (site and damping named).
+    ValueError: an argument out of range; a Hessian that is not finite, or
+      cannot be factored at any damping tried (site and damping named).
   """
+  if not damp > 0:
+    raise ValueError(f'damp is a positive share of the diagonal, got {damp}')
+  if act_order and not static_groups:
+    raise ValueError(
+      'gptq(static_groups=False) needs act_order=False: in another order a '
+      'group has no first row'
+    )
   nearest = rtn()
 
   def encode(target: Target, stat: Any, key):
     if stat is None:
-      return nearest.encode(target, None, key)
+      codes, facts = nearest.encode(target, None, key)
+      why = 'rounded to nearest: a lookup, or a parameter of several uses'
+      return codes, {**facts, 'note': why}
     w = target.storage.layout.to_canonical(target.weight)
     _refuse(target, stat)
-    hessian = stat['moments'] / stat['rows']
+    rows = jnp.maximum(stat['rows'], 1)[..., None, None]
+    hessian = stat['moments'] / rows
     quantizer = target.storage.quantizer
     qparams = core.fit(w, quantizer, axis=-2)
-    grouped, restore = _by_group(target.site, w, qparams)
+    grouped, merge = _by_group(target.site, w, qparams)
     run = functools.partial(
       second_order,
       damp=damp,
@@ -59,7 +70,9 @@ def gptq(
       rounded, qparams = out.weight, out.qparams
     else:
       out = run(grouped[0], hessian, quantizer, grouped[1])
-      rounded = restore(out.weight)
+      rounded = merge(out.weight)
+      if not static_groups and quantizer.group is not None:
+        qparams = jax.tree.map(merge, out.qparams)  # found on the way
     if not np.isfinite(np.asarray(out.damp)).all():
       raise ValueError(
         f'the Hessian of the inputs of {target.name!r} cannot be factored '
@@ -91,12 +104,12 @@ def _by_group(site, w, qparams: QParams):
   """Columns of a grouped convolution beside the inputs of their group."""
   if site is None or not isinstance(site.dims, ConvDims):
     return None, None
-  groups, (k, n) = site.dims.groups, w.shape[-2:]
+  groups, n = site.dims.groups, w.shape[-1]
   if groups == 1:
     return None, None
 
   def split(a):
-    a = jnp.broadcast_to(a, (*a.shape[:-1], n))
+    a = jnp.repeat(a, n // a.shape[-1], axis=-1)  # of the tensor, of a block
     return jnp.moveaxis(a.reshape(a.shape[-2], groups, n // groups), 1, 0)
 
   params = QParams(
@@ -108,20 +121,23 @@ def _by_group(site, w, qparams: QParams):
     None if qparams.codebook is None else split(qparams.codebook),
   )
 
-  def restore(rounded):
-    return jnp.moveaxis(rounded, 0, 1).reshape(k, n)
+  def merge(a):
+    return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], n)
 
-  return (split(w), params), restore
+  return (split(w), params), merge
 
 
 def _facts(target, stat, k) -> dict[str, Any]:
   """How many rows of inputs were seen, and whether they were enough."""
-  rows = int(np.max(jax.device_get(stat['rows'])))
+  counts = np.asarray(jax.device_get(stat['rows']), int)
+  rows = int(counts.min())
   if rows >= k:
     return {'rows': rows}
+  at = f' (entry {int(counts.argmin())} of {counts.size})' * (counts.size > 1)
   warning = (
-    f'{target.name}: {rows} rows of calibration for {k} inputs; the Hessian '
-    f'has rank {rows} at most, damping decides the rest. Use '
+    f'{target.name}{at}: {rows} rows of calibration for {k} inputs; the '
+    f'Hessian has rank {rows} at most, damping decides the rest. Use '
     f'{math.ceil(k / max(rows, 1))} times the samples'
   )
+  logging.warning(warning)
   return {'rows': rows, 'warning': warning}

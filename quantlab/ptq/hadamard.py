@@ -102,24 +102,39 @@ def rotation(rng: np.random.Generator, channels: int) -> np.ndarray:
 def mean_keeping(rng: np.random.Generator, channels: int) -> np.ndarray:
   """A rotation R with R 1 = 1: a LayerNorm's mean and variance stay.
 
-  R = B D C' with orthogonal B and C whose first column is 1/sqrt(n) and random
-  signs D with D_11 = 1, so that R 1 = sqrt(n) B e_1 = 1.
+  Permutations on both sides of a Kronecker product of regular Hadamard
+  matrices of order 4, J / 2 - I, which are flat and keep the vector of ones,
+  and of one small factor for what is not a power of four.
   """
-  first, last = (_with_ones(rng, channels) for _ in range(2))
-  sign = signs(rng, channels)
-  sign[0] = 1
-  return (first * sign) @ last.T
+  rest, fours = channels, 0
+  while rest % 4 == 0 and rest // 4 != 2:
+    rest, fours = rest // 4, fours + 1
+  parts = [np.full((4, 4), 0.5) - np.eye(4)] * fours
+  whole = kron([*parts, _mean_keeping_rest(rng, rest)])
+  return whole[rng.permutation(channels)][:, rng.permutation(channels)]
 
 
-def _with_ones(rng: np.random.Generator, channels: int) -> np.ndarray:
-  """A Kronecker product of orthogonal matrices with constant first columns."""
-  parts = []
-  for n in sizes(channels):
-    if n % 2 == 0:
-      parts.append(hadamard(n))
-      continue
-    start = rng.normal(size=(n, n))
-    start[:, 0] = 1
-    q, r = np.linalg.qr(start)
-    parts.append(q * np.sign(np.diag(r)))
-  return kron(parts)
+def _mean_keeping_rest(rng: np.random.Generator, n: int) -> np.ndarray:
+  """The flattest of some B diag(1, D) C' with constant first columns.
+
+  With orthogonal B and C whose first column is 1/sqrt(n), and D orthogonal,
+  R 1 = sqrt(n) B e_1 = 1.
+  """
+
+  def one() -> np.ndarray:
+    first, last = (_with_ones(rng, n) for _ in range(2))
+    inner = np.eye(n)
+    if n > 1:
+      inner[1:, 1:] = orthogonal(rng, n - 1)
+    return first @ inner @ last.T
+
+  drawn = [one() for _ in range(DRAWS if n <= LARGEST else 1)]
+  return min(drawn, key=lambda q: np.abs(q).max())
+
+
+def _with_ones(rng: np.random.Generator, n: int) -> np.ndarray:
+  """A random orthogonal matrix with a constant first column."""
+  start = rng.normal(size=(n, n))
+  start[:, 0] = 1
+  q, r = np.linalg.qr(start)
+  return q * np.sign(np.diag(r))

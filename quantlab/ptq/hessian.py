@@ -38,7 +38,7 @@ class InputMoments:
     lead, k = _shape(site)
     return {
       'moments': jnp.zeros((*lead, k, k), jnp.float32),
-      'rows': jnp.zeros((), jnp.float32),
+      'rows': jnp.zeros(lead, jnp.float32),
     }
 
   def update(self, site, stat, lhs, rhs, out, state):
@@ -49,7 +49,8 @@ class InputMoments:
     )
     return {
       'moments': stat['moments'] + moments,
-      'rows': stat['rows'] + x.shape[-2],
+      # Rows of zeros are no tokens: padding of what an expert was sent.
+      'rows': stat['rows'] + jnp.any(x != 0, -1).sum(-1, dtype=jnp.float32),
     }
 
   def merge(self, site, a, b):

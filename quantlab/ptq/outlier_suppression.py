@@ -64,7 +64,8 @@ def outlier_suppression(
       }
     return ctx.noted(outlier_suppression=noted)
 
-  return Transform('outlier_suppression', 'prepare', run)
+  options = {'grid': grid, 'rows': rows, 'shift': shift}
+  return Transform('outlier_suppression', 'prepare', run, options)
 
 
 def _candidates(bounds, z, grid):

@@ -39,8 +39,8 @@ def rotate(
     residual: rotate residual streams, in the weights. Where norms subtract the
       mean, by matrices that keep it. Gains go into the weights after them.
     heads: rotate the values of each attention head, in the weights.
-    online: rotate every other quantized input of a matrix product, at run
-      time.
+    online: rotate every other quantized input of a product with a weight, at
+      run time. Products of two activations (queries and keys) are left.
 
   Returns:
     A prepare member of a chain. Its facts, under 'rotate': 'residual' and
@@ -62,7 +62,8 @@ def rotate(
     work.check(residual, heads, online)
     return work.ctx.noted(rotate=work.facts)
 
-  return Transform('rotate', 'prepare', run)
+  options = {'residual': residual, 'heads': heads, 'online': online}
+  return Transform('rotate', 'prepare', run, options)
 
 
 def fold_norms() -> Transform:
@@ -214,14 +215,17 @@ class _Work:
   def online(self) -> None:
     """Rotates the quantized inputs that are left."""
     for where in inputs(self.ctx):
-      sites = tuple(
+      wanted = tuple(
         s
         for s in where.sites
         if s.id not in self.covered
         and (rule := self.ctx.plan.sites[s.id].rule) is not None
         and rule.input is not None
       )
-      if sites:
+      # One input may be read whole by one product, in part by another.
+      sizes = {s.id: where.places[s.id].shape[-1] for s in wanted}
+      for size in sorted(set(sizes.values())):
+        sites = tuple(s for s in wanted if sizes[s.id] == size)
         self._at_run_time(dataclasses.replace(where, sites=sites))
 
   def _at_run_time(self, where: Input) -> None:

@@ -41,4 +41,4 @@ def smooth(alpha: float = 0.5) -> Transform:
     noted |= {where.name: equalize.facts(where, s) for where, s in scales}
     return equalize.scaled(ctx, scales).noted(smooth=noted)
 
-  return Transform('smooth', 'prepare', run)
+  return Transform('smooth', 'prepare', run, {'alpha': alpha})

@@ -20,9 +20,10 @@ How the hard cases pass through:
   AWQ -> GPTQ -> tweak    prepare, encode, correct of one walk: in each block
                           Hessians come from the quantized stream, codes are
                           made, then norms are tuned against the float stream.
-  QLLM                    a prepare member whose input transform is a gather
-                          (site state 'gather'), applied where the input meets
-                          the site.
+  QLLM                    a prepare member whose input transform is a gather: a
+                          key more of the site state `transform` (see
+                          `ops.adjust`), applied where the input meets the
+                          site. Not built yet.
   per-layer bits, scan    one stack is one format; layers are encoded one by
                           one (`blocks.layers`) and their codes stacked.
   LSQ, delayed FP8        no transforms: trainable or carried leaves of the
@@ -170,11 +171,14 @@ class Tuner:
     name: as it is reported.
     run: `Tuning -> facts`; changes go through the methods of `Tuning`.
     options: its arguments, JSON-able.
+    check: `(Context, norm gains) -> None`, before the walk: raises where the
+      whole model has nothing to act on.
   """
 
   name: str
   run: Callable[[Tuning], dict[str, Any]]
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  check: Callable[[Context, frozenset[str]], None] | None = None
   phase: str = dataclasses.field(default='correct', init=False)
 
 

@@ -89,6 +89,7 @@ def encode_blocks(
   """
   walker = _Walker(ctx, encoder, tuners, store or Store(None, 0))
   parts = blocks_lib.layers(blocks_lib.of_traced(ctx.traced))
+  walker.gains -= _of_several(parts)
   for index, block in enumerate(parts):
     done = checkpoints and checkpoints.read(index, ctx.plan)
     depth = index / max(len(parts) - 1, 1)
@@ -110,6 +111,9 @@ class _Walker:
     self.params = dict(named_leaves(ctx.params))
     self.shared = _shared(ctx.plan)
     self.gains = _gains(ctx.traced) if tuners else frozenset()
+    for tuner in tuners:
+      if tuner.check is not None:
+        tuner.check(ctx, self.gains)
     # By (kind, name, layer): a layer of a stack is an entry of its own.
     self.made: Entries = {}
     self.facts: list[dict[str, Any]] = []
@@ -273,6 +277,14 @@ def _groups(block) -> list[list[Any]]:
     done |= set(ids)
     groups.append([sites[i] for i in ids] if len(ids) > 1 else [site])
   return groups
+
+
+def _of_several(parts) -> frozenset[str]:
+  """Parameters, or layers of them, that several blocks read."""
+  uses = collections.Counter(
+    (path, block.layer) for block in parts for path in block.paths
+  )
+  return frozenset(path for (path, _), n in uses.items() if n > 1)
 
 
 def _shared(plan: Plan) -> frozenset[str]:

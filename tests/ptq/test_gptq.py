@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import quantlab as ql
+from quantlab import core
 from quantlab.ptq import transform
+from quantlab.ptq.second_order import second_order
 
 
 def dense(p, x):
@@ -125,6 +127,102 @@ def test_any_format(q):
   for path in ('a', 'b'):
     assert model.params['weights'][path].quantizer == q
   assert np.isfinite(np.asarray(model.apply(model.params, batches[0]))).all()
+
+
+@pytest.mark.parametrize(
+  ('q', 'options'),
+  [
+    (
+      ql.int3(group=12),
+      {'static_groups': False, 'act_order': False},
+    ),
+    (ql.int3(block=(12, 4)), {}),
+  ],
+  ids=repr,
+)
+def test_grouped_convolution(q, options):
+  """Codes are those of the compensated weight, on the scales it was given."""
+
+  def apply(p, x):
+    return jax.lax.conv_general_dilated(
+      x,
+      p['w'],
+      (1, 1),
+      'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      feature_group_count=2,
+    )
+
+  params = arrays(6, w=(3, 3, 4, 16))
+  x = inputs(0, 8, 6, 6, 8)
+  model = ql.ptq(apply, params, {'.*': q}, [x], ql.gptq(**options))
+  patches = jax.lax.conv_general_dilated_patches(
+    x, (3, 3), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  rows = np.asarray(patches).reshape(-1, 2, 4, 9).transpose(1, 0, 3, 2)
+  rows = rows.reshape(2, -1, 36)
+  matrix = params['w'].reshape(36, 2, 8)
+  got = np.asarray(model.params['weights']['w'].dequantize()).reshape(36, 2, 8)
+  for i in range(2):
+    one = q if q.block is None else ql.int3(block=(12, 4))
+    out = second_order(
+      jnp.asarray(matrix[:, i]),
+      jnp.asarray(rows[i].T @ rows[i] / len(rows[i])),
+      one,
+      act_order=options.get('act_order', True),
+      static_groups=options.get('static_groups', True),
+    )
+    # A different order of sums may turn a rounding here and there.
+    assert np.mean(np.abs(got[:, i] - out.weight) > 1e-5) < 0.05
+
+
+def test_the_second_layer_sees_the_quantized_stream():
+  """Its Hessian is of what its weight meets: codes before it, and its own."""
+  _, params, shape = CASES['dense']
+  rule = ql.rule(weight=ql.int2(), input=ql.int3(per='token'))
+  batches = [inputs(s, *shape) for s in range(3)]
+  model = ql.ptq(dense, params, {'.*': rule}, batches, ql.gptq())
+  weights = model.params['weights']
+
+  def seen(x):
+    return np.asarray(core.fake_quantize(x, rule.input, axis=-1), float)
+
+  total = np.zeros((48, 48))
+  for x in batches:
+    h = jax.nn.relu(seen(x).astype(np.float32) @ weights['a'].dequantize())
+    total += seen(h).T @ seen(h) / (3 * len(x))
+  q = rule.weight
+  want = second_order(
+    params['b'], jnp.asarray(total, jnp.float32), q, act_order=True
+  )
+  got = np.asarray(weights['b'].dequantize())
+  assert np.mean(got != want.weight) < 0.02
+  floats = sum(
+    (h := np.asarray(jax.nn.relu(x @ params['a']), float)).T @ h
+    for x in batches
+  )
+  other = second_order(
+    params['b'], jnp.asarray(floats, jnp.float32), q, act_order=True
+  )
+  assert np.mean(got != other.weight) > 0.05
+
+
+def test_an_expert_that_got_few_tokens_is_named():
+  """Rows of zeros pad what each was sent."""
+  _, params, _ = CASES['experts']
+  x = inputs(0, 3, 64, 16)
+  x[1, 5:] = 0
+  model = ql.ptq(experts, params, {'w': ql.int4()}, [x], ql.gptq())
+  fact = model.report['weights']['w']
+  assert fact['rows'] == 5
+  assert 'entry 1 of 3' in fact['warning']
+
+
+def test_arguments_out_of_range():
+  with pytest.raises(ValueError, match='needs act_order=False'):
+    ql.gptq(static_groups=False)
+  with pytest.raises(ValueError, match='damp is a positive share'):
+    ql.gptq(damp=-1)
 
 
 def test_layers_of_a_scan_equal_the_unrolled_layers():

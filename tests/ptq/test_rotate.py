@@ -48,6 +48,9 @@ def test_matrices_are_orthogonal_and_keep_the_mean(n):
   for make in (hadamard.rotation, hadamard.mean_keeping):
     matrix = make(rng, n)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(n), atol=1e-6)
+    if n in (12, 48, 64, 128, 384):  # no large odd part
+      # One channel goes to all: 1 of a Hadamard matrix, sqrt(n) of none.
+      assert np.abs(matrix).max() * np.sqrt(n) < 2.2
   np.testing.assert_allclose(matrix @ np.ones(n), np.ones(n), atol=1e-6)
 
 
@@ -293,3 +296,27 @@ def test_inputs_changed_at_run_time_before():
   ctx = context(program, {'/(up|down|head)$': W4A4}, state)
   with pytest.raises(ValueError, match='rotate first'):
     ql.rotate(KEY, heads=False, online=False).run(ctx)
+
+
+def test_an_input_that_one_product_reads_in_part():
+  """Products of other sizes on one input are rotated by matrices of theirs."""
+  keys = jax.random.split(jax.random.key(0), 4)
+
+  def apply(p, a, b):
+    both = jnp.concatenate([a, b], -1)
+    return both @ p['wide'] + a @ p['part']
+
+  params = {
+    'wide': jax.random.normal(keys[0], (20, 6)),
+    'part': jax.random.normal(keys[1], (8, 6)),
+  }
+  a = jax.random.normal(keys[2], (5, 8))
+  b = jax.random.normal(keys[3], (5, 12))
+  rule = ql.rule(weight=ql.int8(), input=ql.int8(per='token'))
+  member = ql.rotate(jax.random.key(1), residual=False, heads=False)
+  model = ql.ptq(apply, params, {'.*': rule}, [(a, b)], member)
+  sizes = [np.prod(v) for v in model.report['rotate']['online'].values()]
+  assert sorted(sizes) == [8, 20]
+  assert not model.report['rotate']['left']
+  out, want = model.apply(model.params, a, b), apply(params, a, b)
+  assert jnp.abs(out - want).max() < 0.03 * jnp.abs(want).max()
