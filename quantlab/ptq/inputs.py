@@ -53,7 +53,10 @@ class Input:
 
   @property
   def name(self) -> str:
-    return ', '.join(s.id for s in self.sites)
+    ids = ', '.join(s.id for s in self.sites)
+    apart = any(np.any(p == self.channels) for p in self.places.values())
+    # Several pairs feed one site: each has some of its channels.
+    return f'{ids} from {self.pair.source}' if self.pair and apart else ids
 
   @property
   def shape(self) -> tuple[int, ...]:

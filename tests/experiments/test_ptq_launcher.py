@@ -170,7 +170,7 @@ def test_a_checkpoint_gives_the_recorded_numbers_again(finished, name):
 def test_a_chain_leaves_what_its_page_shows(quick, tmp_path):
   config = tiny('w4')
   rules = (('/kernel$', {**_W4, 'input': {'format': 'int8', 'per': 'token'}}),)
-  chain = ('smooth', 'gptq', 'norm_tweak')
+  chain = ('smooth', 'gptq', 'bias_correction')
   config.variants = ({'name': 'c', 'rules': rules, 'transform': chain},)
   ptq.run(config, str(tmp_path))
   walk = json.loads((tmp_path / 'blocks.json').read_text())['digits_cnn/c']
@@ -185,7 +185,7 @@ def test_a_chain_leaves_what_its_page_shows(quick, tmp_path):
     assert sum(before['input']['counts']) == sum(after['input']['counts'])
   assert any(r['before']['weight'] != r['after']['weight'] for r in rows)
   page = (tmp_path / 'report.html').read_text()
-  assert 'Made by smooth, then gptq, then norm_tweak.' in page
+  assert 'Made by smooth, then gptq, then bias_correction.' in page
   assert 'after smooth (line)' in page
   # What was encoded is what codes are compared with: SQNR is not of a scaling.
   assert all(float(r['sqnr']) > 10 for r in rows)
