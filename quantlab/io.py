@@ -74,8 +74,9 @@ def load(
 
   Args:
     path: a folder that `save` made.
-    apply: the float function that was quantized. Another one is refused at
-      the first call, when its products are known.
+    apply: the float function that was quantized. One with products that the
+      plan does not know is refused at the first call; one that lacks some of
+      them is not told apart.
     like: parameters as the float model makes them, values aside; only needed
       where they hold containers other than dicts, lists and tuples (a
       FrozenDict, a NamedTuple, a module), which are filled with what was

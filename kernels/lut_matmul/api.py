@@ -113,9 +113,9 @@ def int8_table(
 
   Each entry moves by at most unit / 2, 0.4 % of the largest. Those of NF4 move
   by 0.0037 at most and 0.0017 on average, against 0.08 between its two closest
-  entries. Multiply the scales by `unit`.
+  entries. Multiply the scales by `unit`; it is NaN or infinite where a value is.
   """
   values = jnp.asarray(values, jnp.float32)
   top = jnp.max(jnp.abs(values), initial=0.0)
-  unit = jnp.where(top > 0, top, 1.0) / 127
+  unit = jnp.where(top == 0, 1.0, top) / 127
   return jnp.round(values / unit).astype(jnp.int8), unit
