@@ -113,7 +113,7 @@ def int8_table(
 
   Each entry moves by at most unit / 2, 0.4 % of the largest. Those of NF4 move
   by 0.0037 at most and 0.0017 on average, against 0.08 between its two closest
-  entries. Multiply the scales by `unit`; it is NaN or infinite where a value is.
+  entries. Multiply the scales by `unit`. It is not finite if a value is not.
   """
   values = jnp.asarray(values, jnp.float32)
   top = jnp.max(jnp.abs(values), initial=0.0)

@@ -96,8 +96,8 @@ def _refuse(target, stat):
   if not bool(jnp.isfinite(stat['moments']).all()):
     raise ValueError(
       f'the inputs of {target.name!r} are not finite in the quantized '
-      'stream: an earlier site overflowed, or a batch or a parameter that stays '
-      'in float holds NaN'
+      'stream: an earlier site overflowed, or a batch, or a parameter that '
+      'stays in float, holds NaN'
     )
 
 
