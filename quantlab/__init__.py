@@ -26,6 +26,7 @@ from quantlab.core.presets import mxfp8 as mxfp8
 from quantlab.core.presets import mxint8 as mxint8
 from quantlab.core.presets import nf4 as nf4
 from quantlab.core.presets import nvfp4 as nvfp4
+from quantlab.core.presets import odd as odd
 from quantlab.core.presets import pow2 as pow2
 from quantlab.core.presets import ternary as ternary
 from quantlab.core.presets import uint2 as uint2
@@ -60,6 +61,9 @@ from quantlab.ptq import ptq as ptq
 from quantlab.ptq import rotate as rotate
 from quantlab.ptq import rtn as rtn
 from quantlab.ptq import smooth as smooth
+from quantlab.qat import estimators as estimators
+from quantlab.qat import qat as qat
+from quantlab.qat import set_leaves as set_leaves
 from quantlab.quality import compare as compare
 from quantlab.quality import evaluate as evaluate
 from quantlab.recipe import optional as optional

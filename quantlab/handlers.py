@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from quantlab import ops
-from quantlab.core import QParams, QTensor
+from quantlab import core, ops
+from quantlab.core import QParams, QTensor, Quantizer
 from quantlab.graph import rewrite
 from quantlab.graph.sites import Site
 from quantlab.plan import Plan
@@ -33,21 +33,69 @@ class Observer(Protocol):
     """Combines two statistics; associative, `init` is its identity."""
 
 
+class Simulate(Protocol):
+  """How an operand is quantized in simulation."""
+
+  def __call__(
+    self,
+    site: str,
+    role: str,
+    x: Any,
+    quantizer: Quantizer,
+    leaves: Mapping[str, Any],
+    *,
+    axis: int,
+    shape: tuple[int, ...],
+  ) -> Any:
+    """Quantizes and dequantizes; differentiable.
+
+    Args:
+      site: its id.
+      role: 'weight', 'input', 'lhs', 'rhs' or 'output'.
+      x: weights (loops..., K, N) with axis=-2, else (loops..., rows, K).
+      quantizer: of the role.
+      leaves: its state.
+      axis: the contraction axis.
+      shape: of the operand in the axes of the product.
+    """
+
+
+def straight_through(
+  site: str,
+  role: str,
+  x: Any,
+  quantizer: Quantizer,
+  leaves: Mapping[str, Any],
+  *,
+  axis: int,
+  shape: tuple[int, ...],
+) -> Any:
+  """The plain simulation: see `core.fake_quantize` for its derivative."""
+  del shape
+  given = _need(site, role, quantizer, {role: leaves})
+  bits = leaves.get('bits')
+  return core.fake_quantize(x, quantizer, given, axis=axis, bits=bits)
+
+
 def _qparams(state: Mapping[str, Any], role: str) -> QParams | None:
   found = state.get(role)
-  return None if not found or 'scale' not in found else QParams(**found)
+  if not found or 'scale' not in found:
+    return None
+  return QParams(**{k: v for k, v in found.items() if k in QParams._fields})
 
 
 def _need(site, role, quantizer, state) -> QParams | None:
   """Calibrated parameters of a static quantizer."""
+  if not quantizer.static:
+    return None
   found = _qparams(state, role)
-  if quantizer.static and found is None:
+  if found is None:
     raise ValueError(
-      f'the {role} of site {site.id!r} has a static quantizer {quantizer!r}, '
+      f'the {role} of site {site!r} has a static quantizer {quantizer!r}, '
       'but the variables hold no calibrated range for it; calibrate with '
       'ql.ptq(...) and pass its params'
     )
-  return found if quantizer.static else None
+  return found
 
 
 def _shifted(site, out, state):
@@ -62,16 +110,24 @@ def _shifted(site, out, state):
   return out
 
 
-def _output(site, rule, out, state):
+def _output(site, rule, out, state, simulate):
   """The product with its shift added, quantized if the rule says so."""
   out = _shifted(site, out, state)
   if rule is None or rule.output is None:
     return out
-  given = _need(site, 'output', rule.output, state)
-  bits = state.get('output', {}).get('bits')
-  return ops.fake_quantize_activation(
-    out, rule.output, site.dims, 'output', given, bits
-  )
+  return _simulated(site, 'output', out, rule.output, state, simulate)
+
+
+def _simulated(site, role, x, quantizer, state, simulate):
+  """An operand of a product as `simulate` has it."""
+
+  def f(matrix, axis):
+    leaves = state.get(role, {})
+    return simulate(
+      site.id, role, matrix, quantizer, leaves, axis=axis, shape=x.shape
+    )
+
+  return ops.on_units(x, quantizer, site.dims, role, f)
 
 
 def as_seen(plan: Plan, site: Any, x: Any, state: Mapping[str, Any]) -> Any:
@@ -79,7 +135,7 @@ def as_seen(plan: Plan, site: Any, x: Any, state: Mapping[str, Any]) -> Any:
   rule = plan.sites[site.id].rule
   if rule is None or rule.input is None:
     return x
-  given = _need(site, 'input', rule.input, state)
+  given = _need(site.id, 'input', rule.input, state)
   return ops.fake_quantize_activation(
     x, rule.input, site.dims, 'input', given, state.get('input', {}).get('bits')
   )
@@ -90,8 +146,10 @@ def computing(site, lhs, rhs, default, state):
   return _shifted(site, default(lhs, rhs), state), None
 
 
-def simulating(plan: Plan) -> rewrite.Handler:
-  """Fake quantization of every operand; differentiable (straight-through).
+def simulating(
+  plan: Plan, simulate: Simulate = straight_through
+) -> rewrite.Handler:
+  """Simulated quantization of every operand; differentiable.
 
   Parameters that are stored as codes are simulated where they are stored, see
   `fake_quantized`; here come activations and effective weights.
@@ -102,26 +160,17 @@ def simulating(plan: Plan) -> rewrite.Handler:
     operands = {'lhs': lhs, 'rhs': rhs}
     roles = {'lhs': 'lhs', 'rhs': 'rhs'}
     if site.side is not None:
-      del roles[site.side]
-      roles = dict.fromkeys(roles, 'input')
-      if site.id in plan.effective and rule.weight is not None:
-        bits = state.get('weight', {}).get('bits')
-        operands[site.side] = ops.fake_quantize_weight(
-          operands[site.side], rule.weight, site.dims, bits
-        )
+      roles = {'lhs': 'input', 'rhs': 'input', site.side: 'weight'}
+      if site.id not in plan.effective:
+        del roles[site.side]
     for operand, role in roles.items():
       quantizer = getattr(rule, role)
       if quantizer is not None:
-        operands[operand] = ops.fake_quantize_activation(
-          operands[operand],
-          quantizer,
-          site.dims,
-          role,
-          _need(site, role, quantizer, state),
-          state.get(role, {}).get('bits'),
+        operands[operand] = _simulated(
+          site, role, operands[operand], quantizer, state, simulate
         )
     out = default(operands['lhs'], operands['rhs'])
-    return _output(site, rule, out, state), None
+    return _output(site, rule, out, state, simulate), None
 
   return handler
 
@@ -138,9 +187,8 @@ def deploying(plan: Plan | None, *, integer: bool = True) -> rewrite.Handler:
   def handler(site, lhs, rhs, default, state):
     known_site = plan.sites.get(site.id) if plan is not None else None
     rule = known_site.rule if known_site is not None else None
-    return _output(
-      site, rule, _product(rule, site, lhs, rhs, default, state, integer), state
-    ), None
+    out = _product(rule, site, lhs, rhs, default, state, integer)
+    return _output(site, rule, out, state, straight_through), None
 
   return handler
 
@@ -156,7 +204,7 @@ def _product(rule, site, lhs, rhs, default, state, integer):
     return default(lhs, rhs)
   if site.side is None:
     given = {
-      r: _need(site, r, q, state)
+      r: _need(site.id, r, q, state)
       for r, q in rule.quantizers.items()
       if r in ('lhs', 'rhs')
     }
@@ -165,7 +213,7 @@ def _product(rule, site, lhs, rhs, default, state, integer):
     )
   qparams = None
   if rule.input is not None:
-    qparams = _need(site, 'input', rule.input, state)
+    qparams = _need(site.id, 'input', rule.input, state)
   return ops.product(
     site, lhs, rhs, rule.input, qparams, default, integer=integer
   )

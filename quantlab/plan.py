@@ -8,8 +8,9 @@ abstract arrays, so that nothing fails later.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,24 +36,19 @@ class Storage:
   shape: tuple[int, ...]
   dtype: str
 
-  def quantize(self, w: jax.Array, key: jax.Array | None = None) -> Any:
-    return core.quantize(w, self.quantizer, self.layout, key=key)
+  def quantize(
+    self,
+    w: jax.Array,
+    key: jax.Array | None = None,
+    qparams: QParams | None = None,
+  ) -> Any:
+    return core.quantize(w, self.quantizer, self.layout, qparams, key)
 
-  def simulate(self, w: jax.Array, bits: jax.Array | None = None) -> jax.Array:
-    """`quantize` and back, differentiably; see `core.fake_quantize`.
-
-    Args:
-      w: the logical array.
-      bits: traced widths, a scalar or with leading loop axes.
-    """
-    x = self.layout.to_canonical(w)
-    if bits is not None:
-      loops, bits = x.shape[:-2], jnp.asarray(bits)
-      bits = bits.reshape(*bits.shape, *[1] * (len(loops) - bits.ndim))
-      bits = jnp.broadcast_to(bits, loops)
-    return self.layout.to_logical(
-      core.fake_quantize(x, self.quantizer, axis=-2, bits=bits)
-    )
+  def on_matrix(
+    self, w: jax.Array, f: Callable[[jax.Array], jax.Array]
+  ) -> jax.Array:
+    """The logical array with `f` applied to it as (loops..., K, N)."""
+    return self.layout.to_logical(f(self.layout.to_canonical(w)))
 
   def abstract(self) -> Any:
     """The QTensor as shapes."""
@@ -104,8 +100,10 @@ class SitePlan:
     return cls(**fields)
 
 
+# Leaves of a role that training learns, and those that say how it is done.
+LEARNED = ('step', 'offset', 'alpha')
 # What the state of a site may hold: fields by role, None where it is no dict.
-_FIELDS = ('bits', *QParams._fields, 'lo', 'hi')
+_FIELDS = ('bits', *QParams._fields, 'lo', 'hi', 'strength', *LEARNED)
 STATE: dict[str, tuple[str, ...] | None] = {
   **dict.fromkeys(('weight', 'input', 'output', 'lhs', 'rhs'), _FIELDS),
   **dict.fromkeys(('effective', 'fold', 'transform', 'bias')),
@@ -156,6 +154,50 @@ class Plan:
         if path in self.leaves:
           found.setdefault(path, name)
     return found
+
+  @property
+  def weight_roles(self) -> dict[str, tuple[str, str]]:
+    """Where the state of each stored parameter lies: (site id, role).
+
+    The role is 'weight', and 'weight:1', ... for the further parameters of a
+    site whose weight joins several.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for path, owner in self.owners.items():
+      k = counts[owner]
+      counts[owner] += 1
+      found[path] = owner, f'weight:{k}' if k else 'weight'
+    return found
+
+  def labels(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What each leaf of the variables is to training.
+
+    'weight' for floating-point parameters, 'step' for the leaves of sites
+    that are learned (`LEARNED`), 'state' for everything else; of the structure
+    of the variables, for `optax.multi_transform`.
+    """
+
+    def weight(leaf):
+      floating = hasattr(leaf, 'dtype') and jnp.issubdtype(
+        leaf.dtype, jnp.floating
+      )
+      return 'weight' if floating else 'state'
+
+    def site(path, _):
+      named = getattr(path[-1], 'key', None)
+      return 'step' if named in LEARNED else 'state'
+
+    rest = {
+      k: jax.tree.map(lambda _: 'state', v)
+      for k, v in variables.items()
+      if k not in ('weights', 'sites')
+    }
+    return {
+      'weights': jax.tree.map(weight, variables['weights']),
+      'sites': jax.tree_util.tree_map_with_path(site, variables['sites']),
+      **rest,
+    }
 
   @property
   def static(self) -> dict[str, dict[str, Quantizer]]:
@@ -270,8 +312,9 @@ class Plan:
       )
     for site, roles in state.items():
       for role, value in roles.items():
-        fields = STATE.get(role)
-        if role not in STATE:
+        kind = role.partition(':')[0]  # 'weight:1' is of a second parameter
+        fields = STATE.get(kind)
+        if kind not in STATE:
           raise ValueError(
             f'state of site {site!r} for {role!r}; known: {list(STATE)}'
           )

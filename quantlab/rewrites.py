@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from quantlab import handlers
 from quantlab.core import QTensor
@@ -143,7 +144,11 @@ def quantized(
   return run
 
 
-def fake_quantized(apply: Callable, plan: Plan) -> Callable:
+def fake_quantized(
+  apply: Callable,
+  plan: Plan,
+  simulate: handlers.Simulate = handlers.straight_through,
+) -> Callable:
   """`apply` with simulated quantization, on float variables; differentiable.
 
   What is simulated is what `ql.quantized` deploys: a parameter that is stored
@@ -154,15 +159,20 @@ def fake_quantized(apply: Callable, plan: Plan) -> Callable:
   compiled function serves every assignment. The width of a parameter with
   several uses belongs to the first.
 
+  Args:
+    apply: the user's function of `(params, *args, **kwargs)`.
+    plan: what is quantized.
+    simulate: how; `ql.qat` gives gradient estimators here.
+
   Returns:
     A function of `(params or variables, *args, **kwargs)`.
   """
-  handler = handlers.simulating(plan)
+  handler = handlers.simulating(plan, simulate)
 
   def evaluate(traced, leaves, inputs, state):
     _refuse_codes(leaves, traced.paths)
     state = fold(traced, leaves, plan.folded, state)
-    leaves, state = _simulated(traced, leaves, plan, state)
+    leaves, state = _simulated(traced, leaves, plan, state, simulate)
     evaluator = evaluator_of(
       traced, leaves, _chosen(plan, state), handler, folded=plan.folded
     )
@@ -313,28 +323,53 @@ def fold(
   return new
 
 
-def _simulated(traced, leaves, plan, state):
-  """Leaves as their codes stand for them; `state` without their widths."""
-  owners = plan.owners
+def _simulated(traced, leaves, plan, state, simulate):
+  """Leaves as their codes stand for them; `state` without what they used."""
+  homes = plan.weight_roles
   values = dict(zip(traced.paths, leaves, strict=True))
   for path, storage in plan.leaves.items():
-    bits = state.get(owners[path], {}).get('weight', {}).get('bits')
-    values[path] = storage.simulate(values[path], bits)
+    values[path] = _as_stored(
+      values[path], homes[path], storage, state, simulate
+    )
+  known_roles = {*homes.values(), *((k, 'weight') for k in plan.effective)}
   wrong = [
-    k
+    k if r == 'weight' else f'{k} ({r})'
     for k, s in state.items()
-    if 'weight' in s and k not in {*owners.values(), *plan.effective}
+    for r in s
+    if r.startswith('weight') and (k, r) not in known_roles
   ]
   if wrong:
     raise ValueError(
-      f'the variables give a width to the weights of {wrong}, which have none '
-      f'of their own; widths belong to {sorted({*owners.values()})}'
+      f'the variables give state to the weights of {wrong}, which have none of '
+      f'their own; it belongs to {sorted({k for k, _ in known_roles})}'
     )
   rest = {
-    k: {r: v for r, v in s.items() if r != 'weight' or k in plan.effective}
+    k: {
+      r: v
+      for r, v in s.items()
+      if not r.startswith('weight') or k in plan.effective
+    }
     for k, s in state.items()
   }
   return [values[p] for p in traced.paths], rest
+
+
+def _as_stored(w, home, storage, state, simulate):
+  """One parameter quantized and dequantized as it is stored."""
+  site, role = home
+  leaves = dict(state.get(site, {}).get(role, {}))
+  bits = state.get(site, {}).get('weight', {}).get('bits')
+
+  def f(x):
+    if bits is not None:  # a scalar, or with the axes of loops in front
+      loops, b = x.shape[:-2], jnp.asarray(bits)
+      b = b.reshape(*b.shape, *[1] * (len(loops) - b.ndim))
+      leaves['bits'] = jnp.broadcast_to(b, loops)
+    return simulate(
+      site, role, x, storage.quantizer, leaves, axis=-2, shape=w.shape
+    )
+
+  return storage.on_matrix(w, f)
 
 
 def _refuse_codes(leaves, paths):

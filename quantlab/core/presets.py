@@ -158,6 +158,11 @@ def binary(**fields: Unpack[Fields]) -> Quantizer:
   return _make('binary', fields, scale=scales.absmean())
 
 
+def odd(*, bits: int = 2, **fields: Unpack[Fields]) -> Quantizer:
+  """Odd integers -(2^b - 1) .. 2^b - 1, the levels of DoReFa-Net."""
+  return _make(formats.odd(bits), fields)
+
+
 def pow2(*, bits: int = 4, **fields: Unpack[Fields]) -> Quantizer:
   """Signed powers of two and zero (arXiv 1909.13144, equation 3)."""
   return _make(formats.pow2(bits), fields)
@@ -228,6 +233,7 @@ def _calls() -> list[tuple[str, dict[str, Any], Quantizer]]:
   calls: list[tuple[str, dict[str, Any], Quantizer]] = [
     (name, {}, globals()[name]()) for name in simple
   ]
+  calls += [('odd', {'bits': b}, odd(bits=b)) for b in range(2, 8)]
   calls += [('pow2', {'bits': b}, pow2(bits=b)) for b in range(2, 8)]
   calls += [('codebook', {'bits': b}, codebook(bits=b)) for b in range(1, 9)]
   calls.append(('mxfp8', {'element': 'e5m2'}, mxfp8(element='e5m2')))
@@ -244,8 +250,8 @@ def call(q: Quantizer) -> str:
   ]
   found.append(('Quantizer', {'format': q.format.name, **_difference(q, None)}))
   name, args = min(found, key=lambda item: len(item[1]))
-  if name in ('pow2', 'codebook') and args['bits'] == 4:
-    del args['bits']
+  if args.get('bits') == {'odd': 2, 'pow2': 4, 'codebook': 4}.get(name):
+    args.pop('bits', None)
   return f'{name}({", ".join(f"{k}={v!r}" for k, v in args.items())})'
 
 

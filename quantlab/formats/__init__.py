@@ -13,4 +13,5 @@ from quantlab.formats.microscaling import PRESETS as PRESETS
 from quantlab.formats.minifloat import Minifloat as Minifloat
 from quantlab.formats.ternary import BINARY as BINARY
 from quantlab.formats.ternary import TERNARY as TERNARY
-from quantlab.formats.ternary import Binary as Binary
+from quantlab.formats.ternary import Odd as Odd
+from quantlab.formats.ternary import odd as odd

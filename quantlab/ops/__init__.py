@@ -4,7 +4,7 @@ from quantlab.ops.activation import abstract_range as abstract_range
 from quantlab.ops.activation import (
   fake_quantize_activation as fake_quantize_activation,
 )
-from quantlab.ops.activation import fake_quantize_weight as fake_quantize_weight
+from quantlab.ops.activation import on_units as on_units
 from quantlab.ops.activation import sharing as sharing
 from quantlab.ops.adjust import add_bias as add_bias
 from quantlab.ops.adjust import adjust_input as adjust_input

@@ -38,6 +38,29 @@ def units(
   return dims.x_matrix(x), lambda y: dims.x_restore(y, x.shape)
 
 
+def on_units(
+  x: jax.Array,
+  quantizer: Quantizer,
+  dims: Dims,
+  role: str,
+  f: Callable[..., jax.Array],
+) -> jax.Array:
+  """An operand with `f(matrix, axis=)` applied to it as scales see it.
+
+  Args:
+    x: the operand, in the axes of the traced product.
+    quantizer: its quantizer.
+    dims: roles of the product's axes.
+    role: 'weight', 'input', 'lhs', 'rhs' or 'output'.
+    f: of (loops..., K, N) with axis=-2 for a weight, else of
+      (loops..., rows, contraction) with axis=-1.
+  """
+  if role == 'weight':
+    return dims.w_restore(f(dims.w_matrix(x), axis=-2), x.shape)
+  matrix, restore = units(x, quantizer, dims, role)
+  return restore(f(matrix, axis=-1))
+
+
 def fake_quantize_activation(
   x: jax.Array,
   quantizer: Quantizer,
@@ -56,20 +79,11 @@ def fake_quantize_activation(
     qparams: calibrated parameters, for a static quantizer.
     bits: traced bit-width, instead of the quantizer's own.
   """
-  matrix, restore = units(x, quantizer, dims, role)
-  out = core.fake_quantize(matrix, quantizer, qparams, axis=-1, bits=bits)
-  return restore(out)
 
+  def f(matrix, axis):
+    return core.fake_quantize(matrix, quantizer, qparams, axis=axis, bits=bits)
 
-def fake_quantize_weight(
-  w: jax.Array,
-  quantizer: Quantizer,
-  dims: Dims,
-  bits: jax.Array | None = None,
-) -> jax.Array:
-  """Simulates a quantized weight operand; shape and dtype are kept."""
-  out = core.fake_quantize(dims.w_matrix(w), quantizer, axis=-2, bits=bits)
-  return dims.w_restore(out, w.shape)
+  return on_units(x, quantizer, dims, role, f)
 
 
 class IntegerRows(NamedTuple):

@@ -17,7 +17,7 @@ from quantlab.core import presets, scales
 FORMATS = [
   'int2', 'int3', 'int4', 'int8', 'uint2', 'uint4', 'uint8',
   'fp8_e4m3', 'fp8_e5m2', 'fp6_e3m2', 'fp6_e2m3', 'fp4_e2m1',
-  'nf4', 'pow2_4', 'ternary', 'binary',
+  'nf4', 'pow2_4', 'ternary', 'binary', 'odd_3',
 ]  # fmt: skip
 GRANULARITIES = [
   {'per': 'channel'},

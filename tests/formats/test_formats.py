@@ -100,7 +100,7 @@ def test_values_are_the_finite_values(name):
   assert (fmt.min, fmt.max) == (want[0], want[-1])
   assert fmt.signed == (want[0] < 0)
   assert fmt.has_zero == (0 in want)
-  integers = ('int', 'uint', 'ternary', 'binary')
+  integers = ('int', 'uint', 'odd', 'ternary', 'binary')
   assert fmt.is_integer == name.startswith(integers)
   assert 2.0**fmt.emax <= fmt.max < 2.0 ** (fmt.emax + 1)
 
@@ -173,7 +173,17 @@ def test_narrow_leaves_the_lowest_code_unused():
 
 @pytest.mark.parametrize(
   'name',
-  ['int4', 'int16', 'uint8', 'fp8_e4m3', 'fp4_e2m1', 'nf4', 'pow2_4', 'binary'],
+  [
+    'int4',
+    'int16',
+    'uint8',
+    'fp8_e4m3',
+    'fp4_e2m1',
+    'nf4',
+    'pow2_4',
+    'binary',
+    'odd_3',
+  ],
 )
 def test_stochastic_rounding_is_unbiased(name):
   fmt = formats.get(name)

@@ -63,6 +63,14 @@ def minifloat(code, ebits, mbits, bias):
   return sign * (2**mbits + m) * 2.0 ** (e - bias - mbits)
 
 
+def odd_bits(name):
+  """Bits of a format of odd integers, or 0."""
+  if name == 'binary':
+    return 1
+  found = re.fullmatch(r'odd_(\d+)', name)
+  return int(found[1]) if found else 0
+
+
 @functools.cache
 def table(name):
   """Value of every code; NaN and infinities where the format has them."""
@@ -74,8 +82,8 @@ def table(name):
     return np.where(codes < 2 ** (bits - 1), codes, codes - 2.0**bits)
   if name == 'ternary':
     return np.array([0.0, 1.0, np.nan, -1.0])  # code 2 is unused
-  if name == 'binary':
-    return np.array([-1.0, 1.0])
+  if bits := odd_bits(name):
+    return np.arange(1.0 - 2**bits, 2**bits, 2)
   if name == 'nf4':
     return np.asarray(NF4, np.float32).astype(np.float64)
   if found := re.fullmatch(r'pow2_(\d+)', name):
@@ -104,8 +112,8 @@ def nearest(name, x):
   values = table(name)
   usable = np.isfinite(values)
   x = np.asarray(x, np.float64)
-  if name == 'binary':
-    return (x >= 0).astype(np.int64)
+  if odd_bits(name):  # halfway between two odd integers is an even one: up
+    return np.searchsorted((values[1:] + values[:-1]) / 2, x, side='right')
   distance = np.abs(np.clip(x, -1e30, 1e30)[..., None] - values)
   distance = np.where(usable, distance, np.inf)
   least = distance.min(-1, keepdims=True)

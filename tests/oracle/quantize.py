@@ -76,8 +76,6 @@ def scale_of(span, levels, scale_format, exponent, second):
 
 
 def code_range(name, narrow):
-  if name == 'binary':
-    return -1.0, 1.0
   values = formats.table(name)
   values = values[np.isfinite(values)]
   lo, hi = values.min(), values.max()

@@ -1,0 +1,121 @@
+"""From trained variables to the model that runs on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantlab import rewrites
+from quantlab.core.tree import named_leaves, path_str
+from quantlab.graph.values import Dropped
+from quantlab.ptq.model import Quantized
+from quantlab.qat.start import KEPT, Tracing
+
+
+def freeze(
+  tracer: Tracing,
+  by_role: Mapping[str, Any],
+  variables: Mapping[str, Any],
+  args: tuple[Any, ...],
+  kwargs: Mapping[str, Any],
+) -> Quantized:
+  """The model whose codes and scales the variables simulate; see `qat`.
+
+  Raises:
+    ValueError: quantization has not fully set in, or weights are not finite.
+  """
+  plan = tracer.plan
+  params, state = variables['weights'], variables['sites']
+  plan.check_state(state)
+  _refuse_unfinished(state)
+  estimator = by_role['weight']
+
+  def quantize(w, storage, leaves):
+    q = storage.quantizer
+    w = storage.on_matrix(w, lambda x: estimator.prepare(x, q, -2))
+    x = storage.layout.to_canonical(w)
+    return storage.quantize(w, qparams=estimator.qparams(x, q, leaves, -2))
+
+  values = dict(named_leaves(params))
+  _refuse_nonfinite({p: values[p] for p in plan.leaves})
+  coded = {}
+  for path, storage in plan.leaves.items():
+    site, role = plan.weight_roles[path]
+    leaves = state.get(site, {}).get(role, {})
+    coded[path] = quantize(values[path], storage, leaves)
+  found = tracer.effective(params, args, kwargs)
+  _refuse_nonfinite({k: v['weight'] for k, v in found.items()})
+  effective = {
+    name: quantize(
+      found[name]['weight'], storage, state.get(name, {}).get('weight', {})
+    )
+    for name, storage in plan.effective.items()
+  }
+
+  def one(path, leaf):
+    name = path_str(path)
+    if name in plan.dropped:
+      return Dropped(tuple(jnp.shape(leaf)), str(jnp.result_type(leaf)))
+    return coded.get(name, leaf)
+
+  variables = {
+    'weights': jax.tree_util.tree_map_with_path(one, params),
+    'sites': _ranges(plan, by_role, state, found),
+    'effective': effective,
+  }
+  return Quantized(
+    rewrites.quantized(tracer.apply, plan),
+    variables,
+    plan,
+    {'transform': ['qat']},
+  )
+
+
+def _ranges(plan, by_role, state, found) -> dict[str, dict[str, Any]]:
+  """Site state of the frozen model: static ranges, shifts, what was kept."""
+  sites: dict[str, dict[str, Any]] = {}
+  for name, roles in state.items():
+    if kept := {r: v for r, v in roles.items() if r in KEPT}:
+      sites[name] = kept
+  for name, roles in plan.static.items():
+    for role, quantizer in roles.items():
+      leaves = state.get(name, {}).get(role, {})
+      made = by_role[role].qparams(None, quantizer, leaves, -1)
+      sites.setdefault(name, {})[role] = {
+        k: v for k, v in made._asdict().items() if v is not None
+      }
+  for name, stat in found.items():
+    if 'shift' in stat:
+      sites.setdefault(name, {})['fold'] = {'shift': stat['shift']}
+  return sites
+
+
+def _refuse_unfinished(state: Mapping[str, Any]) -> None:
+  for name, roles in state.items():
+    for role, leaves in roles.items():
+      if role in KEPT:
+        continue
+      if 'bits' in leaves:
+        raise ValueError(
+          f'the {role} of {name!r} has a width of its own (bits); freeze by a '
+          'plan that has that format, without the leaf'
+        )
+      strength = float(np.min(leaves.get('strength', 1)))
+      if strength != 1:
+        raise ValueError(
+          f'quantization has not fully set in: the strength of the {role} of '
+          f'{name!r} is {strength:g}. Train on with it at 1, or set it: '
+          "ql.set_leaves(variables, 'strength', 1.0)"
+        )
+
+
+def _refuse_nonfinite(weights: Mapping[str, Any]) -> None:
+  bad = [k for k, w in weights.items() if not np.isfinite(w).all()]
+  if bad:
+    raise ValueError(
+      f'weights hold NaN or infinity: {", ".join(bad[:5])}; training diverged'
+    )
