@@ -111,6 +111,11 @@ class Estimator:
     """
     if 'scale' in leaves:
       return QParams(**{k: leaves[k] for k in QParams._fields if k in leaves})
+    if x is None:
+      raise ValueError(
+        f'{quantizer!r} has a static range, but the variables hold none; make '
+        'them with init(params, batches)'
+      )
     x = lax.stop_gradient(x)
     return core.fit(x, quantizer, axis=axis, bits=leaves.get('bits'))
 
@@ -139,6 +144,21 @@ class Estimator:
 def _rounded(x, quantizer, found, leaves, axis):
   bits = leaves.get('bits')
   return core.fake_quantize(x, quantizer, found, axis=axis, bits=bits)
+
+
+def need_leaves(
+  estimator: Estimator, site: str, role: str, leaves: Leaves
+) -> None:
+  """Refuses variables without what an estimator learns.
+
+  Raises:
+    ValueError: names the site and the role.
+  """
+  if estimator.learned and not set(LEARNED) & set(leaves):
+    raise ValueError(
+      f'the variables hold no learned range for the {role} of site {site!r}, '
+      f'which {estimator!r} trains; make them with init(params, batches)'
+    )
 
 
 @jax.custom_jvp

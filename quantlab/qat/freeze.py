@@ -13,6 +13,7 @@ from quantlab import rewrites
 from quantlab.core.tree import named_leaves, path_str
 from quantlab.graph.values import Dropped
 from quantlab.ptq.model import Quantized
+from quantlab.qat.estimators import need_leaves
 from quantlab.qat.start import KEPT, Tracing
 
 
@@ -34,7 +35,9 @@ def freeze(
   _refuse_unfinished(state)
   estimator = by_role['weight']
 
-  def quantize(w, storage, leaves):
+  def quantize(w, storage, site, role='weight'):
+    leaves = state.get(site, {}).get(role, {})
+    need_leaves(estimator, site, role, leaves)
     q = storage.quantizer
     w = storage.on_matrix(w, lambda x: estimator.prepare(x, q, -2))
     x = storage.layout.to_canonical(w)
@@ -42,17 +45,14 @@ def freeze(
 
   values = dict(named_leaves(params))
   _refuse_nonfinite({p: values[p] for p in plan.leaves})
-  coded = {}
-  for path, storage in plan.leaves.items():
-    site, role = plan.weight_roles[path]
-    leaves = state.get(site, {}).get(role, {})
-    coded[path] = quantize(values[path], storage, leaves)
+  coded = {
+    path: quantize(values[path], storage, *plan.weight_roles[path])
+    for path, storage in plan.leaves.items()
+  }
   found = tracer.effective(params, args, kwargs)
   _refuse_nonfinite({k: v['weight'] for k, v in found.items()})
   effective = {
-    name: quantize(
-      found[name]['weight'], storage, state.get(name, {}).get('weight', {})
-    )
+    name: quantize(found[name]['weight'], storage, name)
     for name, storage in plan.effective.items()
   }
 
@@ -84,6 +84,7 @@ def _ranges(plan, by_role, state, found) -> dict[str, dict[str, Any]]:
   for name, roles in plan.static.items():
     for role, quantizer in roles.items():
       leaves = state.get(name, {}).get(role, {})
+      need_leaves(by_role[role], name, role, leaves)
       made = by_role[role].qparams(None, quantizer, leaves, -1)
       sites.setdefault(name, {})[role] = {
         k: v for k, v in made._asdict().items() if v is not None

@@ -16,7 +16,7 @@ from quantlab.plan import LEARNED, Plan
 from quantlab.ptq.model import Quantized
 from quantlab.qat import freeze as freeze_lib
 from quantlab.qat import start as start_lib
-from quantlab.qat.estimators import Estimator, lsq
+from quantlab.qat.estimators import Estimator, clipped_ste, lsq, need_leaves
 
 ROLES = ('weight', 'input', 'output', 'lhs', 'rhs')
 
@@ -87,8 +87,8 @@ def qat(
       by_role[role].check(role, quantizer, f'site {name!r}')
 
   def simulate(site, role, x, quantizer, leaves, *, axis, shape):
-    del site
     found = by_role[role.partition(':')[0]]
+    need_leaves(found, site, role, leaves)
     fixed = {
       k: v if k in LEARNED or k == 'bits' else lax.stop_gradient(v)
       for k, v in leaves.items()
@@ -128,8 +128,6 @@ def _by_role(given: Any) -> dict[str, Estimator]:
   wrong = {r: e for r, e in given.items() if not isinstance(e, Estimator)}
   if wrong:
     raise TypeError(f'no estimators: {wrong}; use ql.estimators')
-  from quantlab.qat.estimators import clipped_ste
-
   return {r: given.get(r, clipped_ste()) for r in ROLES}
 
 
