@@ -20,7 +20,7 @@ from rich import box
 from rich import table as rich_table
 
 from experiments import command_line
-from experiments.benchmarks import matmul, second_order, trace
+from experiments.benchmarks import matmul, second_order, trace, training
 from quantlab import runtime
 
 # By name; a new one is a file in experiments/benchmarks and a line here.
@@ -28,6 +28,7 @@ BENCHMARKS = {
   'matmul': matmul.run,
   'second_order': second_order.run,
   'trace': trace.run,
+  'training': training.run,
 }
 
 
