@@ -31,6 +31,14 @@ def test_absmean_and_absmedian_skip_padding(group):
     np.testing.assert_allclose(core.fit(w, q).scale, want, rtol=1e-6)
 
 
+def test_the_median_of_a_sparse_unit_is_not_its_scale():
+  """Mostly zeros have the median zero; a tenth of the mean stands in."""
+  w = weights(2)
+  w[np.arange(K) % 4 != 0] = 0
+  got = core.fit(w, presets.ternary(scale=scales.absmedian())).scale
+  np.testing.assert_allclose(got[0], 0.1 * np.abs(w).mean(0), rtol=1e-5)
+
+
 def test_bitnet_ternary():
   """clip(round(w / mean|w|), -1, 1) mean|w|, arXiv 2402.17764 equations 1-3."""
   w = weights(1)
