@@ -33,10 +33,14 @@ FLAGS = ('-O3', '-std=c++17', '-fPIC', '-pthread')
 # Never those of the machine that compiles: a cache folder may be shared.
 _AVX2 = ('-mavx2', '-mfma')
 _AVX512 = ('-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq')
+_ISAS = {
+  'avx512vnni': (*_AVX2, *_AVX512, '-mavx512vnni'),
+  'avxvnni': (*_AVX2, '-mavxvnni'),
+  'avx2': _AVX2,
+}
 OBJECTS = {
-  'avx512vnni': ('kernel.cc', (*_AVX2, *_AVX512, '-mavx512vnni')),
-  'avxvnni': ('kernel.cc', (*_AVX2, '-mavxvnni')),
-  'avx2': ('kernel.cc', _AVX2),
+  **{isa: ('kernel.cc', flags) for isa, flags in _ISAS.items()},
+  **{f'conv_{isa}': ('conv.cc', flags) for isa, flags in _ISAS.items()},
   'entry': ('entry.cc', ()),
 }
 

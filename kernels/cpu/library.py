@@ -19,6 +19,7 @@ from quantlab_kernels.cpu import build
 MULTIPLY = 'quantlab_multiply'
 MULTIPLY_FLOATS = 'quantlab_multiply_floats'
 QUANTIZE = 'quantlab_quantize'
+CONVOLVE = 'quantlab_convolve'
 ISAS = {'avx512vnni': 4, 'avxvnni': 2, 'avx2': 1}  # preferred first
 
 _LOCK = threading.Lock()
@@ -98,7 +99,7 @@ def _load_once() -> ctypes.CDLL | str:
     )
     return why
   loaded.quantlab_isas.restype = ctypes.c_int64
-  for name in (MULTIPLY, MULTIPLY_FLOATS, QUANTIZE):
+  for name in (MULTIPLY, MULTIPLY_FLOATS, QUANTIZE, CONVOLVE):
     handler = jax.ffi.pycapsule(getattr(loaded, name))
     jax.ffi.register_ffi_target(name, handler, platform='cpu')
   return loaded

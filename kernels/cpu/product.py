@@ -112,11 +112,14 @@ def multiply(
   operands = (x, w, scale, zero, x_scale, x_zero, table)
   if otherwise is None:
     return fast(*operands)
-  return _differentiable(fast, otherwise)(*operands)
+  return differentiable(fast, otherwise)(*operands)
 
 
-def _differentiable(fast, otherwise):
-  """`fast` with the derivatives of `otherwise` along its scales."""
+def differentiable(fast, otherwise):
+  """`fast` with the derivatives of `otherwise` along its scales.
+
+  Both take (x, w, scale, zero, x_scale, x_zero, table).
+  """
   f = jax.custom_jvp(fast)
 
   def jvp(primals, tangents):

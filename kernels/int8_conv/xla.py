@@ -34,7 +34,8 @@ WHOLE_BYTES = 2**26  # bytes of gathered windows past which images are walked
 WALK_BYTES = 2**24
 
 
-def _out_sizes(x_shape, w_shape, strides, pads, lhs_dilation, rhs_dilation):
+def out_sizes(x_shape, w_shape, strides, pads, lhs_dilation, rhs_dilation):
+  """Returns the spatial shape of the result."""
   spatial = zip(
     x_shape[1:-1],
     w_shape[:-2],
@@ -72,7 +73,7 @@ def route(x, w, *rest, strides, pads, lhs_dilation, rhs_dilation, groups, **_):
   taps = math.prod(w.shape[:-2])
   if _shifted(x.shape, w.shape, groups):
     return f'depthwise: an int32 sum of {taps} shifted products'
-  out = _out_sizes(x.shape, w.shape, strides, pads, lhs_dilation, rhs_dilation)
+  out = out_sizes(x.shape, w.shape, strides, pads, lhs_dilation, rhs_dilation)
   images = _images(x.shape, w.shape, out)
   m, k = images * math.prod(out), taps * w.shape[-2]
   walk = '' if images == x.shape[0] else f', {images} image(s) at a time'
@@ -98,7 +99,7 @@ def run(
   out_dtype,
 ):
   """Returns the scaled convolution, shape (batch, *spatial, O)."""
-  out = _out_sizes(x.shape, w.shape, strides, pads, lhs_dilation, rhs_dilation)
+  out = out_sizes(x.shape, w.shape, strides, pads, lhs_dilation, rhs_dilation)
   if 0 in (x.shape[0], *out, *w.shape):
     acc = jnp.zeros((x.shape[0], *out, w.shape[-1]), jnp.int32)
     return rescale(acc, x_scale, w_scale, out_dtype)

@@ -1,8 +1,10 @@
 // What XLA calls.
 #include <cstdint>
+#include <iterator>
 #include <string>
 
 #include "run.h"
+#include "run_conv.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -18,6 +20,18 @@ const Kernels* kernels_of(int64_t isa) {
       return &avxvnni_kernels();
     case 4:
       return &avx512vnni_kernels();
+  }
+  return nullptr;
+}
+
+const ConvKernels* conv_of(int64_t isa) {
+  switch (isa) {
+    case 1:
+      return &avx2_conv();
+    case 2:
+      return &avxvnni_conv();
+    case 4:
+      return &avx512vnni_conv();
   }
   return nullptr;
 }
@@ -165,8 +179,72 @@ ffi::Error QuantizeRows(ffi::ThreadPool pool, ffi::AnyBuffer x,
   return ffi::Error::Success();
 }
 
+// What is static of a convolution, in the order of Window in int8_conv/cpu.py.
+bool read_window(ffi::Span<const int64_t> w, Conv& a) {
+  int64_t* const fields[] = {
+      &a.height,   &a.width,      &a.channels,   &a.kh,  &a.kw,
+      &a.groups,   &a.stride_h,   &a.stride_w,   &a.dilation_h,
+      &a.dilation_w, &a.top,      &a.left,       &a.out_h, &a.out_w};
+  if (w.size() != std::size(fields)) return false;
+  for (size_t i = 0; i < w.size(); ++i) {
+    *fields[i] = w[i];
+    const bool may_be_negative = fields[i] == &a.top || fields[i] == &a.left;
+    if (w[i] < 1 && !may_be_negative) return false;
+  }
+  return a.channels % a.groups == 0;
+}
+
+ffi::Error Convolve(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
+                    ffi::AnyBuffer scale_, ffi::AnyBuffer zero_,
+                    ffi::AnyBuffer x_scale_, ffi::AnyBuffer x_zero_,
+                    ffi::Result<ffi::AnyBuffer> y_,
+                    ffi::Span<const int64_t> window, int64_t isa) {
+  const Operand x(x_), w(w_), scale(scale_), zero(zero_), x_scale(x_scale_),
+      x_zero(x_zero_), y(*y_);
+  const ConvKernels* const kernels = conv_of(isa);
+  Conv a{};
+  a.batch = x.rows, a.n = w.columns;
+  const int64_t batch = y.batch;
+  auto each = [&](const Operand& o, int64_t rows, int64_t columns) {
+    return o.empty() || o.is(batch, rows, columns);
+  };
+  const bool fits =
+      kernels && read_window(window, a) && a.n % a.groups == 0 &&
+      x.is(batch, a.batch, a.height * a.width * a.channels) &&
+      w.is(batch, a.kh * a.kw * (a.channels / a.groups), a.n) &&
+      y.is(batch, a.batch, a.out_h * a.out_w * a.n) && each(scale, 1, a.n) &&
+      each(zero, 1, a.n) && each(x_scale, a.batch, 1) &&
+      each(x_zero, a.batch, 1);
+  if (!fits)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "quantlab: shapes of a convolution do not fit");
+  const bool floats = y_->element_type() == ffi::DataType::F32;
+  for (int64_t b = 0; b < batch; ++b) {
+    a.x = x.at<int8_t>(b), a.w = w.at<int8_t>(b);
+    a.scale = scale.at<float>(b), a.zero = zero.at<int32_t>(b);
+    a.x_scale = x_scale.at<float>(b), a.x_zero = x_zero.at<int32_t>(b);
+    a.y = floats ? y.at<float>(b) : nullptr;
+    a.sums = floats ? nullptr : y.at<int32_t>(b);
+    convolve(*kernels, a, pool, pool.num_threads());
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace quantlab
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_convolve, quantlab::Convolve,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<ffi::Span<const int64_t>>("window")
+                                  .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_multiply, quantlab::Multiply,
                               ffi::Ffi::Bind()

@@ -73,7 +73,8 @@ QL_INLINE I low8(I a, I b) { return _mm512_unpacklo_epi8(a, b); }
 QL_INLINE I high8(I a, I b) { return _mm512_unpackhi_epi8(a, b); }
 QL_INLINE I low16(I a, I b) { return _mm512_unpacklo_epi16(a, b); }
 QL_INLINE I high16(I a, I b) { return _mm512_unpackhi_epi16(a, b); }
-QL_INLINE X spread(int32_t x) { return {_mm512_set1_epi32(x)}; }
+QL_INLINE X signed_bytes(I v) { return {v}; }
+QL_INLINE X spread(int32_t x) { return signed_bytes(words(x)); }
 // sum + the products of four unsigned and four signed bytes, exact
 QL_INLINE I dot(I sum, I w, X x) { return _mm512_dpbusd_epi32(sum, w, x.v); }
 QL_INLINE F floats(I v) { return _mm512_cvtepi32_ps(v); }
@@ -222,7 +223,8 @@ constexpr int kDirect = 3;
 struct X {
   I v;
 };
-QL_INLINE X spread(int32_t x) { return {words(x)}; }
+QL_INLINE X signed_bytes(I v) { return {v}; }
+QL_INLINE X spread(int32_t x) { return signed_bytes(words(x)); }
 QL_INLINE I dot(I sum, I w, X x) {
   return _mm256_dpbusd_avx_epi32(sum, w, x.v);
 }
@@ -235,11 +237,11 @@ constexpr int kDirect = 2;
 struct X {
   I even, odd;
 };
-QL_INLINE X spread(int32_t x) {
-  I v = words(x);
+QL_INLINE X signed_bytes(I v) {
   return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8),
           _mm256_srai_epi16(v, 8)};
 }
+QL_INLINE X spread(int32_t x) { return signed_bytes(words(x)); }
 QL_INLINE I dot(I sum, I w, X x) {
   I even = _mm256_madd_epi16(and_(w, _mm256_set1_epi16(255)), x.even);
   I odd = _mm256_madd_epi16(right(w, 8), x.odd);
