@@ -69,7 +69,9 @@ def route(x, w, *rest, groups, **options) -> str:
   if _is_depthwise(x, w, groups):
     return f'C++ on {isa}, depthwise, channels and pixels side by side'
   each = '' if groups == 1 else f', {groups} groups one after the other'
-  return f'C++ on {isa}, windows of {math.prod(w.shape[:-1])} read in place{each}'
+  return (
+    f'C++ on {isa}, windows of {math.prod(w.shape[:-1])} read in place{each}'
+  )
 
 
 def run(
@@ -96,21 +98,10 @@ def run(
   }
   out = xla.out_sizes(x.shape, w.shape, **given)
   one = (1,) * (2 - len(strides))  # along one axis: a single row
-  window = Window(
-    *one,
-    *x.shape[1:],
-    *one,
-    *w.shape[:-2],
-    groups,
-    *one,
-    *strides,
-    *one,
-    *rhs_dilation,
-    *(0,) * len(one),
-    *(low for low, _ in pads),
-    *one,
-    *out,
-  )
+  sizes = (*one, *x.shape[1:], *one, *w.shape[:-2], groups)
+  steps = (*one, *strides, *one, *rhs_dilation)
+  begins = (*(0,) * len(one), *(low for low, _ in pads))
+  window = Window._make((*sizes, *steps, *begins, *one, *out))
   batch, features = x.shape[0], w.shape[-1]
   floats = jnp.issubdtype(out_dtype, jnp.floating)
   call = _mapped(window, 'float32' if floats else 'int32', library.isa())

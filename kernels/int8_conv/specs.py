@@ -25,6 +25,7 @@ SPECS = {
   'mobilenet025_dw3': Spec((64, 24, 24, 32), (3, 3, 1, 32), groups=32),
   'mobilenet025_dw4': Spec((64, 24, 24, 32), (3, 3, 1, 32), (2, 2), groups=32),
   'mobilenet025_dw7': Spec((64, 6, 6, 128), (3, 3, 1, 128), groups=128),
+  'mobilenet025_pw2': Spec((64, 48, 48, 8), (1, 1, 8, 16)),
   'mobilenet025_pw7': Spec((64, 6, 6, 128), (1, 1, 128, 128)),
   'lenet5_conv1': Spec((64, 28, 28, 1), (5, 5, 1, 6)),
   'resnet50_stem': Spec((8, 224, 224, 3), (7, 7, 3, 64), (2, 2)),

@@ -203,3 +203,15 @@ def test_products_on_the_cpu(tmp_path):
     assert all(v > 0 for v in case['of_int8_peak'].values())
   assert result['floors']['bytes_per_second'] > 1e8
   assert cases['call']['seconds'].keys() == {'empty', 'int8'}
+
+
+def test_convolutions_on_the_cpu(tmp_path):
+  """Each shape and batch that fits; the preferred kernels have a limit."""
+  config = _config('conv_cpu')
+  config.shapes, config.batches = ('mobilenet025_dw7', 'mobilenet025_dw1'), (1,)
+  config.most, config.rounds, config.implementations = 2**15, 1, ('xla',)
+  cases = bench.run(config, str(tmp_path))['cases']
+  assert cases.keys() == {'mobilenet025_dw7/1'}
+  (case,) = cases.values()
+  assert case['seconds'].keys() == {'float32', 'w8a8 xla'}
+  assert case['limits'] == {'w8a8 xla': 1.0}

@@ -5,62 +5,16 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <random>
-#include <thread>
-#include <vector>
 
+#include "check.h"
+#include "check_conv.h"
 #include "run.h"
 
 namespace {
 
 using quantlab::Kernels;
 using quantlab::Product;
-
-// Threads that start at once, late, or never before the caller is done.
-struct Pool {
-  ~Pool() {
-    for (auto& t : threads) t.join();
-  }
-  template <typename F>
-  void Schedule(F f) {
-    if (late)
-      held.push_back(std::make_unique<Held<F>>(std::move(f)));
-    else
-      threads.emplace_back(std::move(f));
-  }
-  struct Any {
-    virtual ~Any() = default;
-    virtual void run() = 0;
-  };
-  template <typename F>
-  struct Held : Any {
-    explicit Held(F f) : f(std::move(f)) {}
-    void run() override { f(); }
-    F f;
-  };
-  bool late = false;
-  std::vector<std::thread> threads;
-  std::vector<std::unique_ptr<Any>> held;
-};
-
-template <typename T>
-struct Exact {
-  Exact(int64_t count, int64_t offset)
-      : bytes(new char[count * sizeof(T) + offset]),
-        p(reinterpret_cast<T*>(bytes.get() + offset)),
-        count(count) {}
-  T get(int64_t i) const {
-    T v;
-    std::memcpy(&v, p + i, sizeof v);
-    return v;
-  }
-  void set(int64_t i, T v) { std::memcpy(p + i, &v, sizeof v); }
-  std::unique_ptr<char[]> bytes;
-  T* p;
-  int64_t count;
-};
 
 struct Case {
   std::mt19937 random;
@@ -233,9 +187,11 @@ struct Case {
   }
 };
 
-bool all(const Kernels& kernels, unsigned seed) {
+bool all(const Kernels& kernels, const quantlab::ConvKernels& conv,
+         unsigned seed) {
   Case c{std::mt19937(seed)};
-  return c.run(kernels) && c.run_floats(kernels) && c.run_quantize(kernels);
+  return c.run(kernels) && c.run_floats(kernels) && c.run_quantize(kernels) &&
+         check_conv(conv, c.random);
 }
 
 }  // namespace
@@ -248,11 +204,11 @@ int main(int argc, char** argv) {
     const unsigned seed = static_cast<unsigned>(i);
 #ifdef QL_AVX512VNNI
     if (__builtin_cpu_supports("avx512vnni"))
-      good = all(quantlab::avx512vnni_kernels(), seed);
+      good = all(quantlab::avx512vnni_kernels(), quantlab::avx512vnni_conv(), seed);
 #endif
 #ifdef QL_AVX2
     if (good && __builtin_cpu_supports("avx2"))
-      good = all(quantlab::avx2_kernels(), seed);
+      good = all(quantlab::avx2_kernels(), quantlab::avx2_conv(), seed);
 #endif
     if (!good) std::printf("seed %u\n", seed);
   }

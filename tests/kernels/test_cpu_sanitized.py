@@ -1,7 +1,8 @@
 """The C++ kernels under the address and undefined-behaviour sanitizers.
 
-check.cc runs random products (shapes, widths, groups, alignments, threads that
-start late) against plain loops, each operand in an allocation of its own size.
+check.cc runs random products and convolutions (shapes, widths, groups,
+alignments, threads that start late) against plain loops, each operand in an
+allocation of its own size.
 """
 
 import hashlib
@@ -15,13 +16,14 @@ import pytest
 from quantlab_kernels.cpu import build
 
 pytestmark = pytest.mark.usefixtures('cpu_kernels')
-CHECK = pathlib.Path(__file__).parent / 'check.cc'
+HERE = pathlib.Path(__file__).parent
+CHECKED = [HERE / name for name in ('check.cc', 'check.h', 'check_conv.h')]
 # Of undefined behaviour what can depend on operands; all of it runs clean too,
 # and takes five times as long to compile. Small tiles, for the same reason.
 CHECKS = 'bounds,shift,signed-integer-overflow,integer-divide-by-zero'
 FLAGS = ('-O1', '-std=c++17', '-pthread', f'-fsanitize=address,{CHECKS}')
 FLAGS = (*FLAGS, '-fno-sanitize-recover=all', '-w', '-DQL_ROWS=2')
-FLAGS = (*FLAGS, '-I', str(build.SOURCE))
+FLAGS = (*FLAGS, '-I', str(build.SOURCE), '-I', str(HERE))
 ISAS = ('avx2', 'avx512vnni')
 CASES = 40
 
@@ -30,15 +32,16 @@ CASES = 40
 def check(tmp_path):
   """The program, kept next to the library while nothing of it changes."""
   digest = hashlib.sha256((build.key() + repr(FLAGS)).encode())
-  digest.update(CHECK.read_bytes())
+  for path in CHECKED:
+    digest.update(path.read_bytes())
   kept = build.folder() / f'check-{digest.hexdigest()[:32]}'
   if kept.exists():
     return kept
   cxx, _ = build.compiler()
-  objects = {'check': (CHECK, [f'-DQL_{isa.upper()}' for isa in ISAS])}
-  for isa in ISAS:
-    source, flags = build.OBJECTS[isa]
-    objects[isa] = (build.SOURCE / source, flags)
+  objects = {'check': (CHECKED[0], [f'-DQL_{isa.upper()}' for isa in ISAS])}
+  for name in (*ISAS, *(f'conv_{isa}' for isa in ISAS)):
+    source, flags = build.OBJECTS[name]
+    objects[name] = (build.SOURCE / source, flags)
   running = [
     subprocess.Popen(
       [cxx, *FLAGS, *flags, '-c', str(source), '-o', str(tmp_path / name)]

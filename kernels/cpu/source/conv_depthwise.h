@@ -86,7 +86,8 @@ __attribute__((noinline)) void convolve_lanes(
         });
         if (!kZero) continue;
         const int64_t left = taps - t;
-        const X one = spread(left >= 4 ? 0x01010101 : 0x01010101 >> 8 * (4 - left));
+        const int absent = left < 4 ? static_cast<int>(4 - left) : 0;
+        const X one = spread(0x01010101 >> 8 * absent);
         each<4>([&](auto j) QL_NOW { window[j] = dot(window[j], v[j], one); });
       }
       from_lanes(sum);
@@ -123,11 +124,12 @@ inline void run_depthwise(const Conv& a, const ConvPlan& plan,
   for (int64_t t = 0; t < plan.taps; ++t) {
     const int64_t tap = min_(t, taps - 1);
     const int64_t column = tap % a.kw * a.dilation_w;
-    offsets[t] = tap / a.kw * a.dilation_h * plan.row +
-                 (column % plan.phases * plan.pixels + column / plan.phases) * c;
+    const int64_t pixel =
+        column % plan.phases * plan.pixels + column / plan.phases;
+    offsets[t] = tap / a.kw * a.dilation_h * plan.row + pixel * c;
   }
   begin_columns(by, plan.lanes, offset, start);
-  char* const y = reinterpret_cast<char*>(a.y ? static_cast<void*>(a.y) : a.sums);
+  char* const y = result_of(a);
   auto* lanes = a.zero ? convolve_lanes<true> : convolve_lanes<false>;
   for (int64_t o = o0; o < o1; ++o)
     lanes(a, plan, x + (o - o0) * a.stride_h * plan.row, offsets, panel,

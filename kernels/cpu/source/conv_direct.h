@@ -71,6 +71,20 @@ constexpr ConvTile kConvTiles[] = {
     conv_or_last<U, 4>, conv_or_last<U, 5>, conv_or_last<U, 6>,
     conv_or_last<U, 7>, conv_or_last<U, 8>};
 
+// U units, or as many as a strip has.
+template <int U>
+constexpr int kAtMost = U < kUnits ? U : kUnits;
+QL_INLINE ConvTile tile_of(int64_t units, int64_t pixels) {
+  return units == 4   ? kConvTiles<kAtMost<4>>[pixels - 1]
+         : units == 2 ? kConvTiles<kAtMost<2>>[pixels - 1]
+                      : kConvTiles<1>[pixels - 1];
+}
+QL_INLINE int64_t most_of(int64_t units) {
+  return units == 4   ? kMost<kAtMost<4>>
+         : units == 2 ? kMost<kAtMost<2>>
+                      : kMost<1>;
+}
+
 // The strips of a group's columns: as many as there are units of the widest,
 // then what is left in narrower ones.
 struct Strip {
@@ -200,12 +214,6 @@ struct DirectTask {
   int32_t* start;
   char* narrow;
 
-  ConvTile tile_of(int64_t units, int64_t pixels) const {
-    if (kUnits >= 4 && units == 4) return kConvTiles<kUnits>[pixels - 1];
-    if (kUnits >= 2 && units == 2) return kConvTiles<kUnits / 2 ? 2 : 1>[pixels - 1];
-    return kConvTiles<1>[pixels - 1];
-  }
-
   // Sums of (x - x_zero) over the windows of some pixels.
   void sum_windows(Windows at, int64_t pixels, int32_t offset,
                    int32_t (&out)[kPixels]) const {
@@ -214,25 +222,27 @@ struct DirectTask {
     at.w = panel + a.groups * plan.units * words_of(a, plan) * kUnitBytes;
     const Result to{none, nullptr, nullptr, nullptr, 0,
                     reinterpret_cast<char*>(sums), kUnitBytes};
-    const int32_t taps = static_cast<int32_t>(a.kh * a.kw * a.channels / a.groups);
+    const int64_t taps = a.kh * a.kw * (a.channels / a.groups);
     tile_of(1, pixels)(at, to);
     for (int64_t r = 0; r < pixels; ++r)
-      out[r] = minus(sums[r * kUnit], times(taps, offset));
+      out[r] = minus(sums[r * kUnit],
+                     times(static_cast<int32_t>(taps), offset));
   }
 
   void run(int32_t offset) {
     begin_columns(by, plan.lanes, offset, start);
-    for (int64_t i = 0; i < plan.strips; ++i) strip(strip_at(a, plan, i), offset);
+    for (int64_t i = 0; i < plan.strips; ++i)
+      strip(strip_at(a, plan, i), offset);
   }
 
   void strip(const Strip& s, int32_t offset) {
     const int64_t n = a.n / a.groups, step = a.stride_w * a.channels;
-    const int64_t most = s.units == 4 ? kMost<4> : s.units == 2 ? kMost<2> : kMost<1>;
-    const int64_t pixels = ceil_div(a.out_w, ceil_div(a.out_w, most));
+    const int64_t tiles = ceil_div(a.out_w, most_of(s.units));
+    const int64_t pixels = ceil_div(a.out_w, tiles);
     const bool partial = s.columns < s.units * kUnit;
     const ConvTile tile = tile_of(s.units, pixels);
     const int64_t lane = s.unit * kUnit;
-    char* const y = reinterpret_cast<char*>(a.y ? static_cast<void*>(a.y) : a.sums);
+    char* const y = result_of(a);
     int32_t windows[kPixels];
     for (int64_t o = o0; o < o1; ++o) {
       const uint8_t* row = x + (o - o0) * a.stride_h * plan.row +

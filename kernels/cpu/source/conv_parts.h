@@ -37,6 +37,10 @@ struct Result {
   int64_t stride;  // bytes from pixel to pixel
 };
 
+QL_INLINE char* result_of(const Conv& a) {
+  return a.y ? reinterpret_cast<char*>(a.y) : reinterpret_cast<char*>(a.sums);
+}
+
 // One vector of sums of pixel r, at `lane` of the columns.
 QL_INLINE void finish(const Result& to, int64_t r, int64_t lane, I sum,
                       I window) {

@@ -182,9 +182,9 @@ ffi::Error QuantizeRows(ffi::ThreadPool pool, ffi::AnyBuffer x,
 // What is static of a convolution, in the order of Window in int8_conv/cpu.py.
 bool read_window(ffi::Span<const int64_t> w, Conv& a) {
   int64_t* const fields[] = {
-      &a.height,   &a.width,      &a.channels,   &a.kh,  &a.kw,
-      &a.groups,   &a.stride_h,   &a.stride_w,   &a.dilation_h,
-      &a.dilation_w, &a.top,      &a.left,       &a.out_h, &a.out_w};
+      &a.height,     &a.width, &a.channels, &a.kh,    &a.kw,
+      &a.groups,     &a.stride_h, &a.stride_w, &a.dilation_h,
+      &a.dilation_w, &a.top,   &a.left,     &a.out_h, &a.out_w};
   if (w.size() != std::size(fields)) return false;
   for (size_t i = 0; i < w.size(); ++i) {
     *fields[i] = w[i];
