@@ -1,8 +1,10 @@
 """Products with quantized operands, and which way each is computed.
 
 The ways:
-  int8         integer codes of both operands, int32 accumulation; over groups
-               or blocks of the contraction a float32 sum of int32 sums;
+  int8         integers of both operands, int32 accumulation; over groups or
+               blocks of the contraction a float32 sum of int32 sums. Weights
+               may be of a small float format whose values are multiples of
+               one unit (see `tables`);
   weight only  codes decoded within a float product;
   simulated    dequantized operands, float product: formats that have no
                integer product, or scales that cannot be taken out of one;
@@ -16,11 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import quantlab_kernels as kernels
 from quantlab.core import QParams, QTensor, Quantizer
-from quantlab.ops import activation
+from quantlab.ops import activation, tables
 
 
 def route(kind: str, quantizers: Mapping[str, Quantizer]) -> str:
@@ -33,7 +36,8 @@ def route(kind: str, quantizers: Mapping[str, Quantizer]) -> str:
     return 'weight only' if 'weight' in quantizers else 'simulated'
   if weight is None or kind == 'ragged_dot':
     return 'simulated'
-  if not (_integer(weight) and _integer(given)):
+  tabled = 'weight' in quantizers and tables.exact(weight.format) is not None
+  if not (_integer(weight) or tabled) or not _integer(given):
     return 'simulated'
   if given.group is not None:
     aligned = weight.group == given.group
@@ -119,12 +123,24 @@ def _int8_dot(site, x, w, quantizer, qparams):
     'out_dtype': jnp.dtype(site.out_dtype),
   }
   zero = None if zero is None else zero.astype(jnp.int32)
+  group = q.group if q.block is None else q.block[0]
   packed = q.format.bits < 8 and q.format.has_zero
-  if not packed and q.per is not None and q.format.signed:
+  table = tables.exact(q.format)
+  if table is not None:
+    out = kernels.lut_matmul(
+      rows.codes,
+      w.packed,
+      jnp.asarray(table.entries),
+      found.step * np.float32(table.unit),
+      bits=q.format.bits,
+      group=group,
+      **options,
+    )
+  elif not packed and q.per is not None and q.format.signed:
     out = kernels.int8_matmul(
       rows.codes,
       w.integers(),
-      w_scale=found.scale,
+      w_scale=found.step,
       w_zero=zero,
       **options,
     )
@@ -132,9 +148,9 @@ def _int8_dot(site, x, w, quantizer, qparams):
     out = kernels.w4a8_matmul(
       rows.codes,
       w.packed,
-      found.scale,
+      found.step,
       bits=q.format.bits,
-      group=q.group if q.block is None else q.block[0],
+      group=group,
       zero_point=zero,
       signed=q.format.signed,
       **options,
@@ -174,13 +190,19 @@ def _int8_conv(site, x, w, quantizer, qparams):
   dims = site.dims
   rows = activation.integer_rows(x, quantizer, dims, qparams)
   found = w.qparams
-  kernel = dims.w_restore(w.integers(), w.shape)
+  table, scale = tables.exact(w.quantizer.format), found.step
+  if table is None:
+    integers = w.integers()
+  else:
+    integers = jnp.asarray(table.entries)[w.unpack()]
+    scale = scale * np.float32(table.unit)
+  kernel = dims.w_restore(integers, w.shape)
   strides, padding, lhs_dilation, rhs_dilation = dims.window
   return kernels.int8_conv(
     dims.x_restore(rows.codes, x.shape),
     kernel,
     x_scale=_per_image(rows.scale, dims, x.ndim),
-    w_scale=_per_output(found.scale, dims, x.ndim),
+    w_scale=_per_output(scale, dims, x.ndim),
     x_zero=None if rows.zero is None else _per_image(rows.zero, dims, x.ndim),
     w_zero=None
     if found.zero_point is None
