@@ -1,6 +1,6 @@
-r"""Low-bit products on the CPU beside float32, onnxruntime and PyTorch.
+r"""Low-bit products on the CPU beside float32, onnxruntime, PyTorch and ggml.
 
-  pip install -e '.[bench]'
+  pip install -e '.[bench,llama]'
   python -m experiments.bench --config=configs/bench/matmul_cpu.py \
     --workdir=runs/matmul_cpu
 
@@ -67,6 +67,8 @@ def get_config(which: str = 'large') -> config_dict.ConfigDict:
       'shapes': chosen[which](),
       'rotate': 2**28,  # bytes of weights, past the caches
       'rounds': 15,
-      'peers': ('onnxruntime', 'torch') if which == 'large' else (),
+      'peers': ('onnxruntime', 'torch', 'ggml', 'ggml_k')
+      if which == 'large'
+      else (),
     }
   )

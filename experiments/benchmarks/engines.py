@@ -3,6 +3,7 @@
 A contestant multiplies x by R weights one after the other, in one call.
 """
 
+import functools
 import importlib.metadata
 import math
 import os
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import quantlab_kernels as kernels
+from experiments.benchmarks import ggml
 
 GROUP = 128  # of weights with four bits and fewer
 # A contestant for each number of rows.
@@ -318,7 +320,36 @@ def _torch_int4(torch, k, n, rng):
   return product, k * n // 2 + scales.nbytes, torch.bfloat16
 
 
+def _ggml_engine(formats: Mapping[str, str]) -> Engine:
+  """ggml's formats by the product at the same bits."""
+  try:
+    ggml.load()
+    version = importlib.metadata.version('llama-cpp-python')
+  except ImportError as error:
+    why = f"not compared: {error}; pip install 'quantlab[llama]'"
+    return Engine({'version': None, 'why': why, 'package': 'ggml'}, {})
+  kinds = ', '.join(formats.values())
+  why = f'{kinds} of llama-cpp-python, not packed again'
+  return Engine(
+    {'version': version, 'why': why},
+    {name: functools.partial(_ggml, kind) for name, kind in formats.items()},
+  )
+
+
+def _ggml(kind: str, k: int, n: int, rotate: int, rng) -> ByRows:
+  def by_rows(m: int) -> Contestant:
+    count = copies(k * n // 2, rotate)
+    made = ggml.Products(kind, k, n, m, count, rng)
+    return Contestant(lambda _: made(), count, made.nbytes)
+
+  return by_rows
+
+
 ENGINES: dict[str, Callable[[], Engine]] = {
   'onnxruntime': onnxruntime,
   'torch': torch,
+  'ggml': lambda: _ggml_engine(
+    {'w8a8': 'Q8_0', 'w4a8': 'Q4_0', 'ternary': 'TQ2_0'}
+  ),
+  'ggml_k': lambda: _ggml_engine({'w4a8': 'Q4_K'}),
 }
