@@ -321,7 +321,7 @@ def _torch_int4(torch, k, n, rng):
 
 
 def _ggml_engine(formats: Mapping[str, str]) -> Engine:
-  """ggml's formats by the product at the same bits."""
+  """Formats of ggml by the product at the same bits."""
   try:
     ggml.load()
     version = importlib.metadata.version('llama-cpp-python')
