@@ -131,3 +131,23 @@ def test_binary_weights_with_integer_inputs(per):
   np.testing.assert_allclose(
     model.apply(model.params, x), x_hat @ w, rtol=1e-4, atol=1e-5
   )
+
+
+@pytest.mark.parametrize('scale_format', ['bfloat16', 'pow2', 'e8m0', 'e4m3'])
+@pytest.mark.parametrize('units', [{'group': 8}, {'per': 'channel'}])
+def test_integer_products_use_every_level_of_the_scale(scale_format, units):
+  """E4M3 scales stand under a float32 one, which belongs to them."""
+  rng = np.random.default_rng(0)
+  w = {'w': jnp.asarray(rng.normal(size=(32, 12)), jnp.float32)}
+  x = jnp.asarray(rng.normal(size=(5, 32)), jnp.float32)
+  weight = ql.int4(scale_format=scale_format, **units)
+  rule = ql.rule(weight=weight, input=ql.int8(per='token'))
+
+  def apply(p, x):
+    return x @ p['w']
+
+  model = ql.ptq(apply, w, {'': rule}, [x])
+  assert model.plan.sites['w'].compute == 'int8'
+  want = ql.fake_quantized(apply, model.plan)(w, x)
+  got = model.apply(model.params, x)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
