@@ -42,6 +42,7 @@ QUANTIZERS = {
   'nf4': (ql.nf4(), 4, 1, 4, 0),
   'ternary': (ql.ternary(), 2, 1, 4, 0),
   'binary': (ql.binary(), 1, 1, 4, 0),
+  'odd': (ql.odd(bits=3), 3, 1, 4, 0),
   'pow2': (ql.pow2(bits=4), 4, 1, 4, 0),
   'codebook': (ql.codebook(bits=3), 3, 1, 4, 8 * N * 4),
   'mxfp8 e4m3': (ql.mxfp8(), 8, 2, 1, 0),
@@ -137,9 +138,7 @@ def test_binary_weights_with_integer_inputs(per):
 @pytest.mark.parametrize('units', [{'group': 8}, {'per': 'channel'}])
 def test_integer_products_use_every_level_of_the_scale(scale_format, units):
   """E4M3 scales stand under a float32 one, which belongs to them."""
-  rng = np.random.default_rng(0)
-  w = {'w': jnp.asarray(rng.normal(size=(32, 12)), jnp.float32)}
-  x = jnp.asarray(rng.normal(size=(5, 32)), jnp.float32)
+  w, x = {'w': normal(0, 32, 12)}, normal(1, 5, 32)
   weight = ql.int4(scale_format=scale_format, **units)
   rule = ql.rule(weight=weight, input=ql.int8(per='token'))
 
