@@ -9,8 +9,6 @@ leave its function as it was, and quantize it.
 """
 
 import functools
-import pathlib
-import sysconfig
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +21,7 @@ from ml_collections import config_flags
 
 from quantlab import runtime
 from quantlab.core.tree import named_leaves
-from quantlab.data import embedded
+from quantlab.data import embedded, text
 from quantlab.models import digits, llama
 from quantlab.models.transformer import Transformer
 
@@ -85,25 +83,16 @@ def _cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
 # Characters ------------------------------------------------------------------
 
 
-def encode(text: str) -> np.ndarray:
-  """Printable ASCII and newlines as 0..95; other characters are left out."""
-  codes = np.frombuffer(text.encode('ascii', 'ignore'), np.uint8)
-  codes = codes[((codes >= 32) & (codes < 127)) | (codes == 10)]
-  return np.where(codes == 10, 95, codes - 32).astype(np.uint8)
-
-
 def _text(count: int) -> tuple[np.ndarray, np.ndarray]:
   """Characters of the standard library's sources: training, held out."""
-  folder = pathlib.Path(sysconfig.get_path('stdlib'))
-  files = sorted(folder.glob('*.py'))[:count]
-  parts = [encode(f.read_text(errors='ignore')) for f in files]
+  parts = text.sources(count)
   last = len(parts) // 10
   return np.concatenate(parts[:-last]), np.concatenate(parts[-last:])
 
 
-def _draw(rng, text: np.ndarray, count: int, length: int) -> np.ndarray:
-  starts = rng.integers(0, len(text) - length, count)
-  return text[starts[:, None] + np.arange(length)]
+def _draw(rng, codes: np.ndarray, count: int, length: int) -> np.ndarray:
+  starts = rng.integers(0, len(codes) - length, count)
+  return codes[starts[:, None] + np.arange(length)]
 
 
 def _on_text(config: Any) -> Trained:

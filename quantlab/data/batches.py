@@ -59,7 +59,7 @@ class Batches:
     for name, value in (('batch_size', batch_size), ('limit', limit)):
       if value is not None and (int(value) != value or value < 1):
         raise ValueError(f'{name} must be a positive integer; got {value!r}.')
-    self._rows = _rows(data, fields)
+    self._rows = rows(data, fields)
     n = len(self._rows)
     order = np.random.RandomState(seed).permutation(n) if shuffle else range(n)
     self._order = np.asarray(order, np.int64)[:limit]
@@ -155,7 +155,7 @@ class _Records:
     return info.features[name].np_dtype if info is not None else None
 
 
-def _rows(data: Any, fields: Sequence[str] | None) -> _Arrays | _Records:
+def rows(data: Any, fields: Sequence[str] | None) -> _Arrays | _Records:
   """The rows of what a user may hand in as data."""
   if hasattr(data, 'shape'):
     data = (data,)

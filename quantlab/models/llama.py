@@ -5,7 +5,7 @@ H. Touvron et al., arXiv 2302.13971; RoPE arXiv 2104.09864; GQA arXiv
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,12 @@ class Config:
   """Sizes of a Llama. The defaults are stories260K's.
 
   Untied models hold their output matrix under 'head/kernel' (dim, vocab).
+
+  Attributes:
+    sub_norm: a norm of its own before the output projection of attention and
+      before the MLP's, as BitNet has it; see `bitnet`.
+    squared_relu: max(x, 0)^2 gates the MLP in the place of SiLU.
+    scanned: the blocks are one stack of parameters that `lax.scan` walks.
   """
 
   vocab: int = 512
@@ -32,6 +38,9 @@ class Config:
   theta: float = 10000.0
   epsilon: float = 1e-5
   tied: bool = True
+  sub_norm: bool = False
+  squared_relu: bool = False
+  scanned: bool = False
 
   def __post_init__(self):
     if self.dim % self.heads or self.heads % self.kv_heads:
@@ -44,8 +53,8 @@ class Config:
 STORIES260K = Config()
 
 
-# Keys and values (b, length, kv_heads, d) of each block.
-Cache = Sequence[Mapping[str, jax.Array]]
+# Keys and values (b, length, kv_heads, d) of each block; stacked when scanned.
+Cache = Sequence[Mapping[str, jax.Array]] | Mapping[str, jax.Array]
 
 
 def rope_angles(
@@ -74,11 +83,60 @@ def _attention(p: Mapping[str, Any], q, k, v, mask: jax.Array, c) -> jax.Array:
   # Every group of query heads shares one key and value head.
   share = c.heads // c.kv_heads
   k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
-  return layers.merge_heads(layers.attention(q, k, v, mask)) @ p['wo']
+  x = layers.merge_heads(layers.attention(q, k, v, mask))
+  return _sub_norm(p, x, c) @ p['wo']
 
 
-def _mlp(p: Mapping[str, Any], x: jax.Array) -> jax.Array:
-  return (jax.nn.silu(x @ p['gate']) * (x @ p['up'])) @ p['down']
+def _mlp(p: Mapping[str, Any], x: jax.Array, c: Config) -> jax.Array:
+  gate = x @ p['gate']
+  gate = jnp.square(jax.nn.relu(gate)) if c.squared_relu else jax.nn.silu(gate)
+  return _sub_norm(p, gate * (x @ p['up']), c) @ p['down']
+
+
+def _sub_norm(p: Mapping[str, Any], x: jax.Array, c: Config) -> jax.Array:
+  if not c.sub_norm:
+    return x
+  return layers.rms_norm(p['sub_norm'], x, epsilon=c.epsilon)
+
+
+def block(
+  p: Mapping[str, Any],
+  x: jax.Array,
+  angles: jax.Array,
+  mask: jax.Array,
+  config: Config,
+  extend: Callable = lambda k, v: (k, v, None),
+) -> tuple[jax.Array, Any]:
+  """Attention and MLP, each with its norm and beside the stream x (b, t, dim).
+
+  Args:
+    p: parameters of one block.
+    x: the residual stream.
+    angles: see `rope_angles`.
+    mask: boolean, broadcastable to (b, heads, t, s).
+    config: sizes.
+    extend: `(k, v) -> (k, v, kept)`: the keys and values to attend to, and
+      what to return beside the stream.
+  """
+  y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
+  q, k, v = _queries_keys_values(p['attention'], y, angles, config)
+  k, v, kept = extend(k, v)
+  x = x + _attention(p['attention'], q, k, v, mask, config)
+  y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
+  return x + _mlp(p['mlp'], y, config), kept
+
+
+def through(
+  run: Callable, blocks: Any, x: jax.Array, *extra: Any
+) -> tuple[jax.Array, Any]:
+  """Walks `run(p, x, *extra) -> (x, kept)` over blocks, listed or stacked."""
+  if isinstance(blocks, Mapping):
+    return lax.scan(lambda x, pe: run(pe[0], x, *pe[1:]), x, (blocks, *extra))
+  found = []
+  for p, *more in zip(blocks, *extra, strict=True):
+    x, kept = run(p, x, *more)
+    found.append(kept)
+  return x, found
 
 
 def apply(
@@ -89,12 +147,9 @@ def apply(
   angles = rope_angles(t, config.dim // config.heads, config.theta)
   mask = jnp.tril(jnp.ones((t, t), bool))
   x = params['embed']['embedding'][tokens]
-  for p in params['blocks']:
-    y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
-    q, k, v = _queries_keys_values(p['attention'], y, angles, config)
-    x = x + _attention(p['attention'], q, k, v, mask, config)
-    y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
-    x = x + _mlp(p['mlp'], y)
+  x, _ = through(
+    lambda p, x: block(p, x, angles, mask, config), params['blocks'], x
+  )
   return _logits(params, x, config)
 
 
@@ -106,10 +161,13 @@ def _logits(params: Mapping[str, Any], x: jax.Array, c: Config) -> jax.Array:
 
 def empty_cache(
   batch: int, length: int, config: Config, dtype: Any = jnp.float32
-) -> list[dict[str, jax.Array]]:
+) -> Cache:
   """Room for the keys and values of `length` positions."""
   d = config.dim // config.heads
   zeros = jnp.zeros((batch, length, config.kv_heads, d), dtype)
+  if config.scanned:
+    zeros = jnp.zeros((config.blocks, *zeros.shape), dtype)
+    return {'k': zeros, 'v': zeros}
   return [{'k': zeros, 'v': zeros} for _ in range(config.blocks)]
 
 
@@ -120,7 +178,7 @@ def step(
   position: jax.Array | int,
   *,
   config: Config = STORIES260K,
-) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
+) -> tuple[jax.Array, Cache]:
   """What `apply` computes for the tokens that come next.
 
   Args:
@@ -132,25 +190,25 @@ def step(
   Returns:
     Logits (b, t, vocab), and the cache with these positions.
   """
-  t, length = tokens.shape[1], cache[0]['k'].shape[1]
+  t = tokens.shape[1]
+  length = jax.tree.leaves(cache)[0].shape[-3]
   angles = rope_angles(t, config.dim // config.heads, config.theta, position)
   mask = jnp.arange(length) <= position + jnp.arange(t)[:, None]
+
+  def run(p, x, past):
+    def extend(k, v):
+      now = {
+        name: lax.dynamic_update_slice_in_dim(
+          past[name], new.astype(past[name].dtype), position, axis=1
+        )
+        for name, new in (('k', k), ('v', v))
+      }
+      return now['k'].astype(x.dtype), now['v'].astype(x.dtype), now
+
+    return block(p, x, angles, mask, config, extend)
+
   x = params['embed']['embedding'][tokens]
-  grown = []
-  for p, past in zip(params['blocks'], cache, strict=True):
-    y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
-    q, k, v = _queries_keys_values(p['attention'], y, angles, config)
-    now = {
-      name: lax.dynamic_update_slice_in_dim(
-        past[name], new.astype(past[name].dtype), position, axis=1
-      )
-      for name, new in (('k', k), ('v', v))
-    }
-    grown.append(now)
-    keys, values = now['k'].astype(x.dtype), now['v'].astype(x.dtype)
-    x = x + _attention(p['attention'], q, keys, values, mask, config)
-    y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
-    x = x + _mlp(p['mlp'], y)
+  x, grown = through(run, params['blocks'], x, cache)
   return _logits(params, x, config), grown
 
 
@@ -183,37 +241,45 @@ def from_flat(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def init(key: jax.Array, config: Config) -> dict[str, Any]:
-  """Random parameters of any size (fan-in scaled), for benchmarks and tests."""
+  """Random parameters of any size (fan-in scaled)."""
   keys = iter(jax.random.split(key, 2 + 7 * config.blocks))
 
   def matrix(i: int, o: int) -> jax.Array:
     return jax.random.normal(next(keys), (i, o)) * i**-0.5
 
-  def norm() -> dict[str, jax.Array]:
-    return {'scale': jnp.ones(config.dim)}
+  def norm(n: int = config.dim) -> dict[str, jax.Array]:
+    return {'scale': jnp.ones(n)}
+
+  def sub_norm(n: int) -> dict[str, Any]:
+    return {'sub_norm': norm(n)} if config.sub_norm else {}
 
   d, kv = config.dim, config.dim // config.heads * config.kv_heads
   embedding = 0.02 * jax.random.normal(next(keys), (config.vocab, d))
+  blocks: Any = [
+    {
+      'attention_norm': norm(),
+      'attention': {
+        'wq': matrix(d, d),
+        'wk': matrix(d, kv),
+        'wv': matrix(d, kv),
+        'wo': matrix(d, d),
+        **sub_norm(d),
+      },
+      'mlp_norm': norm(),
+      'mlp': {
+        'gate': matrix(d, config.hidden),
+        'up': matrix(d, config.hidden),
+        'down': matrix(config.hidden, d),
+        **sub_norm(config.hidden),
+      },
+    }
+    for _ in range(config.blocks)
+  ]
+  if config.scanned:
+    blocks = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
   params = {
     'embed': {'embedding': embedding},
-    'blocks': [
-      {
-        'attention_norm': norm(),
-        'attention': {
-          'wq': matrix(d, d),
-          'wk': matrix(d, kv),
-          'wv': matrix(d, kv),
-          'wo': matrix(d, d),
-        },
-        'mlp_norm': norm(),
-        'mlp': {
-          'gate': matrix(d, config.hidden),
-          'up': matrix(d, config.hidden),
-          'down': matrix(config.hidden, d),
-        },
-      }
-      for _ in range(config.blocks)
-    ],
+    'blocks': blocks,
     'norm': norm(),
   }
   if not config.tied:
