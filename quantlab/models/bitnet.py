@@ -6,7 +6,7 @@ a Llama stand there already, and SubLN (H. Wang et al., arXiv 2210.06423) adds
 those before the two output projections. `language_model` is therefore a
 `llama.Config`; `llama.init`, `apply` and `step` run it. "BitNet b1.58
 Reloaded" (J. Nielsen and P. Schneider-Kamp, arXiv 2407.09527) trains small
-language and vision models so: `mlp_*` and `vit_*` are for images.
+language and vision models so: `vit_*` here, and `mlp` with its norms.
 
 What is quantized is the recipe's matter; there are no biases.
 """
@@ -16,11 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from quantlab.models import layers, llama
-
-EPSILON = 1e-5
 
 
 def language_model(
@@ -52,31 +49,6 @@ def language_model(
 def count(params: Any) -> int:
   """Numbers in a tree of arrays or shapes."""
   return sum(x.size for x in jax.tree.leaves(params))
-
-
-def _norm(x: jax.Array) -> jax.Array:
-  """Unit mean square over the last axis: inside a layer there is no gain."""
-  return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
-
-
-def mlp_init(key: jax.Array, widths: Sequence[int]) -> dict[str, Any]:
-  """He-initialised kernels; `widths` go from pixels to classes."""
-  keys = jax.random.split(key, len(widths) - 1)
-  return {
-    f'layer_{n}': {
-      'kernel': jax.random.normal(k, (i, o)) * (2 / i) ** 0.5,
-    }
-    for n, (k, i, o) in enumerate(zip(keys, widths, widths[1:], strict=False))
-  }
-
-
-def mlp_apply(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
-  """Logits (b, classes) of images x (b, h, w, c) or features (b, k)."""
-  x = x.reshape(len(x), -1)
-  for n in range(len(params)):
-    x = jax.nn.relu(x) if n else x
-    x = layers.dense(params[f'layer_{n}'], _norm(x))
-  return x
 
 
 def vit_init(

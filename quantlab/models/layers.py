@@ -46,6 +46,27 @@ def batch_norm(p: Params, x: jax.Array, *, epsilon: float) -> jax.Array:
   return (x - p['mean']) * gain + p['bias']
 
 
+def batch_norm_live(
+  p: Params, x: jax.Array, *, epsilon: float, momentum: float = 0.9
+) -> tuple[jax.Array, Params]:
+  """The same with the statistics of x itself (b, ..., c), as in training.
+
+  Returns:
+    What it gives, and the parameters with running statistics that moved by
+    1 - momentum towards those of x (variances without bias).
+  """
+  axes = tuple(range(x.ndim - 1))
+  mean, var = x.mean(axes), x.var(axes)
+  y = batch_norm({**p, 'mean': mean, 'var': var}, x, epsilon=epsilon)
+  count = x.size // x.shape[-1]
+  seen = {'mean': mean, 'var': var * (count / max(count - 1, 1))}
+  moved = {
+    k: lax.stop_gradient(momentum * p[k] + (1 - momentum) * v)
+    for k, v in seen.items()
+  }
+  return y, {**p, **moved}
+
+
 def layer_norm(p: Params, x: jax.Array, *, epsilon: float) -> jax.Array:
   """Normalisation to zero mean and unit variance over the last axis."""
   mean = x.mean(-1, keepdims=True)

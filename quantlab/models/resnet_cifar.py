@@ -33,12 +33,21 @@ def _shortcut(x: jax.Array, stride: int) -> jax.Array:
   return jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (c // 2, c // 2)))
 
 
-def _block(p: Mapping[str, Any], x: jax.Array, stride: int) -> jax.Array:
+def _block(p: Mapping[str, Any], x: jax.Array, stride: int, norm) -> jax.Array:
   y = layers.conv(p['conv1'], x, stride=stride, padding=PADDING)
-  y = jax.nn.relu(layers.batch_norm(p['bn1'], y, epsilon=EPSILON))
-  y = layers.conv(p['conv2'], y, padding=PADDING)
-  y = layers.batch_norm(p['bn2'], y, epsilon=EPSILON)
+  y = jax.nn.relu(norm(p['bn1'], y))
+  y = norm(p['bn2'], layers.conv(p['conv2'], y, padding=PADDING))
   return jax.nn.relu(_shortcut(x, stride) + y)
+
+
+def _forward(params: Mapping[str, Any], x: jax.Array, norm) -> jax.Array:
+  stem = params['stem']
+  x = layers.conv(stem['conv'], x, padding=PADDING)
+  x = jax.nn.relu(norm(stem['bn'], x))
+  for s, stage in enumerate(params['stages']):
+    for b, block in enumerate(stage):
+      x = _block(block, x, 2 if s > 0 and b == 0 else 1, norm)
+  return layers.dense(params['head'], x.mean((1, 2)))
 
 
 def apply(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
@@ -49,13 +58,33 @@ def apply(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
       with block `{'conv1', 'bn1', 'conv2', 'bn2'}`; any number of blocks.
     x: images as `preprocess` gives them.
   """
-  stem = params['stem']
-  x = layers.conv(stem['conv'], x, padding=PADDING)
-  x = jax.nn.relu(layers.batch_norm(stem['bn'], x, epsilon=EPSILON))
-  for s, stage in enumerate(params['stages']):
-    for b, block in enumerate(stage):
-      x = _block(block, x, stride=2 if s > 0 and b == 0 else 1)
-  return layers.dense(params['head'], x.mean((1, 2)))
+  return _forward(
+    params, x, lambda p, x: layers.batch_norm(p, x, epsilon=EPSILON)
+  )
+
+
+def train_apply(
+  params: Mapping[str, Any], x: jax.Array
+) -> tuple[jax.Array, Any]:
+  """Logits with the statistics of the batch, and the parameters after it.
+
+  These differ in the running means and variances alone (momentum 0.9).
+  """
+  moved: dict[int, Any] = {}
+
+  def norm(p, x):
+    y, moved[id(p)] = layers.batch_norm_live(p, x, epsilon=EPSILON)
+    return y
+
+  logits = _forward(params, x, norm)
+  after = jax.tree.map(
+    lambda p: moved[id(p)] if _is_norm(p) else p, params, is_leaf=_is_norm
+  )
+  return logits, after
+
+
+def _is_norm(p: Any) -> bool:
+  return isinstance(p, Mapping) and 'var' in p
 
 
 def from_flat(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

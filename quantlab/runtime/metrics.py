@@ -74,6 +74,11 @@ class Metrics:
       for step, value in enumerate(values):
         self._write_events({name: value}, step)
 
+  def scalars(self, values: Mapping[str, float], step: int) -> None:
+    """Points of curves in TensorBoard."""
+    if jax.process_index() == 0:
+      self._write_events(values, step)
+
   def close(self) -> None:
     """Flushes the events."""
     if self._events is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import quantlab as ql
-from quantlab.models import bitnet, llama
+from quantlab.models import bitnet, llama, mlp
 
 KEY = jax.random.key(0)
 LISTED = bitnet.language_model(31, 16, 2, heads=2)
@@ -122,7 +122,11 @@ def networks():
       llama.init(KEY, LISTED),
       tokens,
     ),
-    'mlp': (bitnet.mlp_apply, bitnet.mlp_init(KEY, (64, 16, 10)), images),
+    'mlp': (
+      functools.partial(mlp.apply, norm=True),
+      mlp.init(KEY, (64, 16, 10), norm=True),
+      images,
+    ),
     'vit': (
       functools.partial(bitnet.vit_apply, config=vit, patch=4),
       bitnet.vit_init(KEY, vit, (8, 8, 1), 4),
@@ -170,3 +174,13 @@ def test_sizes(dim, blocks, least, most):
 def test_patches_must_fit():
   with pytest.raises(ValueError, match='patch=3 must divide'):
     bitnet.vit_init(KEY, LISTED, (8, 8, 1), 3)
+
+
+def test_a_plain_perceptron():
+  """Against NumPy, with biases."""
+  params = mlp.init(KEY, (6, 5, 3))
+  params['layer_1']['bias'] = jnp.array([1.0, -2.0, 0.5])
+  x = np.random.RandomState(0).normal(size=(4, 3, 2)).astype(np.float32)
+  hidden = np.maximum(x.reshape(4, 6) @ params['layer_0']['kernel'], 0)
+  expected = hidden @ params['layer_1']['kernel'] + np.array([1, -2, 0.5])
+  np.testing.assert_allclose(mlp.apply(params, x), expected, rtol=1e-5)

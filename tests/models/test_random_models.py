@@ -260,3 +260,38 @@ def test_nnx_other_methods_and_refusals():
     from_nnx(module, method='feature')
   with pytest.raises(TypeError, match='needs no adapter'):
     from_nnx(unet.Unet())
+
+
+def test_resnet_in_training_takes_the_statistics_of_the_batch():
+  """And moves the running ones, those of one norm checked against NumPy."""
+  params = resnet_cifar.init(KEY, blocks=1, widths=(4, 8))
+  params['head']['kernel'] = params['head']['kernel'][:, :10]
+  x = 2 + 3 * jax.random.normal(KEY, (6, 8, 8, 3))
+  train_apply = jax.jit(resnet_cifar.train_apply)
+  logits, after = train_apply(params, x)
+  y = np.asarray(
+    jax.lax.conv_general_dilated(
+      x,
+      params['stem']['conv']['kernel'],
+      (1, 1),
+      ((1, 1), (1, 1)),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+  )
+  bn = after['stem']['bn']
+  np.testing.assert_allclose(
+    bn['mean'], 0.1 * y.mean((0, 1, 2)), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    bn['var'], 0.9 + 0.1 * y.var((0, 1, 2), ddof=1), rtol=1e-4
+  )
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), params, after)
+  kept = jax.tree_util.tree_leaves_with_path(same)
+  for path, equal in kept:
+    assert equal == (path[-1].key not in ('mean', 'var')), path
+  # With running statistics that are the batch's, both modes agree.
+  for _ in range(200):
+    _, params = train_apply(params, x)
+  np.testing.assert_allclose(
+    jax.jit(resnet_cifar.apply)(params, x), logits, rtol=0.05, atol=0.03
+  )
