@@ -94,8 +94,8 @@ def quantizer(spec: Mapping[str, Any]) -> ql.Quantizer:
   if isinstance(args.get('scale'), Mapping):
     scale = dict(args['scale'])
     rule = check_name('range rule', scale.pop('rule', None), SCALES)
-    args['scale'] = _call(getattr(ql.scales, rule), scale, rule)
-  return _call(getattr(ql, name), args, name)
+    args['scale'] = call(getattr(ql.scales, rule), scale, rule)
+  return call(getattr(ql, name), args, name)
 
 
 def rule(spec: Mapping[str, Any] | None) -> Any:
@@ -107,7 +107,7 @@ def rule(spec: Mapping[str, Any] | None) -> Any:
     for role, value in spec.items()
     if role != 'optional'
   }
-  made = _call(ql.rule, roles, 'rule')
+  made = call(ql.rule, roles, 'rule')
   return ql.optional(made) if spec.get('optional') else made
 
 
@@ -129,7 +129,7 @@ def _member(spec: str | Mapping[str, Any]) -> Any:
   args = {} if isinstance(spec, str) else dict(spec)
   name = spec if isinstance(spec, str) else args.pop('name', None)
   factory = TRANSFORMS[check_name('transform', name, tuple(TRANSFORMS))]
-  return _call(factory, args, str(name))
+  return call(factory, args, str(name))
 
 
 def check_name(kind: str, name: Any, known: Sequence[str]) -> str:
@@ -148,7 +148,7 @@ def _check_names(kind: str, found: Iterable[Any], known: Sequence[str]) -> None:
     check_name(kind, name, known)
 
 
-def _call(factory: Callable, spec: Mapping[str, Any], kind: str) -> Any:
+def call(factory: Callable, spec: Mapping[str, Any], kind: str) -> Any:
   _check_names(f'argument of {kind}', spec, _arguments(factory))
   try:
     return factory(**spec)

@@ -98,6 +98,8 @@ def render(
   manifest: Mapping[str, Any],
   title: str = 'Quantization report',
   walks_of: Mapping[str, Mapping[str, Walk]] | None = None,
+  curves_of: Mapping[str, Mapping[str, Sequence[pictures.Curves]]]
+  | None = None,
 ) -> str:
   """The page of a run.
 
@@ -107,6 +109,8 @@ def render(
     manifest: what the run was made with, see `runtime.manifest`.
     title: the page's heading.
     walks_of: model -> variant -> what its chain did, see `model_rows.walk`.
+    curves_of: model -> variant -> what training logged, a dict of
+      `[[step, value], ...]` for each seed.
 
   Returns:
     HTML with every picture inside. The same input gives the same text.
@@ -124,6 +128,7 @@ def render(
         [r for r in rows if r['model'] == m],
         sites_of.get(m, {}),
         (walks_of or {}).get(m, {}),
+        (curves_of or {}).get(m, {}),
       )
       for m in models
     ),
@@ -189,10 +194,10 @@ def _model(
   rows: Sequence[tables.Row],
   variants: Mapping[str, list[sites.SiteRow]],
   walks: Mapping[str, Walk],
+  curves: Mapping[str, Sequence[pictures.Curves]],
 ) -> str:
-  overview = [
-    _figure(png, caption) for png, caption in pictures.overview(rows, variants)
-  ]
+  drawn = pictures.overview(rows, variants) + pictures.learning(curves)
+  overview = [_figure(png, caption) for png, caption in drawn]
   by_variant = {r['variant']: r for r in rows}
   return _MODEL.substitute(
     model=_text(model),

@@ -7,6 +7,7 @@ from typing import Any
 from quantlab.report import plots, sites, tables
 
 Picture = tuple[bytes, str]  # PNG, caption
+Curves = Mapping[str, Sequence[Sequence[float]]]  # name -> [[step, value], ...]
 
 _QUALITY = ('accuracy', 'spearman', 'agreement')
 _MOST_SITES = 60  # beyond it a row of a picture cannot be read
@@ -21,6 +22,25 @@ def overview(
   """A model's variants side by side: quality over size, error by site."""
   found = [_quality_over_size(rows), _error_map(variants)]
   return [picture for picture in found if picture is not None]
+
+
+def learning(variants: Mapping[str, Sequence[Curves]]) -> list[Picture]:
+  """What training logged: a picture a quantity, a colour a variant."""
+  names = {n: None for runs in variants.values() for c in runs for n in c}
+  found = []
+  for name in names:
+    fig = plots.figure(7.4, 3.9)
+    curves = {
+      variant: [c[name] for c in runs if name in c]
+      for variant, runs in variants.items()
+    }
+    plots.learning_curves(
+      fig.subplots(), dict(list(curves.items())[:_CURVES]), name
+    )
+    found.append(
+      (plots.to_png(fig), f'{name.replace("_", " ")} over training steps')
+    )
+  return found
 
 
 def details(

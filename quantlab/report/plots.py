@@ -316,6 +316,38 @@ def sqnr_map(
   return ax
 
 
+def learning_curves(
+  ax: Axes,
+  curves: Mapping[str, Sequence[Sequence[Sequence[float]]]],
+  label: str,
+) -> Axes:
+  """A quantity over training steps; a variant's seeds share a colour.
+
+  Args:
+    ax: where to draw.
+    curves: variant -> a curve a seed, each of [step, value].
+    label: of the quantity; a loss is drawn on a logarithmic axis.
+
+  Returns:
+    ax.
+  """
+  for i, (name, runs) in enumerate(curves.items()):
+    for j, run in enumerate(runs):
+      steps, values = np.asarray(run, float).T
+      named = {'label': literal(name)} if j == 0 else {}
+      color = _CYCLE[i % len(_CYCLE)]
+      style = '-' if i < len(_CYCLE) else '--'
+      ax.plot(steps, values, style, color=color, lw=1.1, **named)
+  if 'loss' in label:
+    ax.set_yscale('log')
+  ax.set_xlabel('step')
+  ax.set_ylabel(label.replace('_', ' '))
+  ax.grid(alpha=0.25)
+  ax.legend(fontsize=_SMALL, frameon=False)
+  _bare(ax)
+  return ax
+
+
 def pareto_front(
   points: Sequence[tuple[float, float]],
 ) -> list[tuple[float, float]]:

@@ -29,12 +29,12 @@ class DivergedError(RuntimeError):
   Attributes:
     step: the update that met it, from 0; the state before it is kept.
     run: which of the runs trained as one.
+    state: before that update.
   """
 
-  def __init__(self, step: int, run: int, runs: int):
-    which = f' of run {run}' if runs > 1 else ''
-    super().__init__(f'the loss or a gradient{which} is not finite')
-    self.step, self.run = step, run
+  def __init__(self, step: int, run: int, state: State):
+    super().__init__('the loss or a gradient is not finite')
+    self.step, self.run, self.state = step, run, state
 
 
 def begin(variables: Any, optimizer: optax.GradientTransformation) -> State:
@@ -226,7 +226,7 @@ def _refuse_failed(state: State) -> None:
   if failed.any():
     run = int(np.argmax(failed))
     step = int(np.atleast_1d(np.asarray(state['step']))[run])
-    raise DivergedError(step, run, len(failed))
+    raise DivergedError(step, run, state)
 
 
 def _finite(score: float) -> float:
