@@ -30,9 +30,9 @@ def judge(
   made: training.Trainee,
   names: tuple[str, str],
   trained: Sequence[training.Variables],
+  curves: Sequence[Mapping[str, Any]],
   base: tuple[Callable[..., Any], Sequence[Any]],
-  example: Sequence[Any],
-  settings: Mapping[str, Any],
+  config: Mapping[str, Any],
 ) -> None:
   """Judges every seed, and writes all that a variant leaves.
 
@@ -41,19 +41,18 @@ def judge(
     made: what was trained.
     names: the head of its metrics, and its name in other files.
     trained: variables of each seed.
+    curves: of each stretch of training.
     base: the float net, which may have another width, and its parameters of
       each seed: what agreement is with.
-    example: a training batch.
-    settings: 'seeds', 'tokens' to decode for speed, 'made' of the checkpoint.
+    config: of the run; 'tokens' to decode for speed, 0: none.
   """
   head, name = names
-  inputs = example[: made.task.inputs]
   with runtime.timed() as timer:
     if made.freeze is None:
       rows = [_judge_float(made, v['weights']) for v in trained]
       model = None
     else:
-      rows, model = _judge_frozen(made, trained, *base, inputs)
+      rows, model = _judge_frozen(made, trained, *base)
   values = summary(rows)
   weights = trained[0]['weights']
   values |= {
@@ -66,13 +65,24 @@ def judge(
     'judged_seconds': timer.seconds,
     'peak_bytes': runtime.peak_bytes(),
   }
-  if made.task.step is not None and settings['tokens']:
-    values |= speed(made, model, weights, settings['tokens'])
+  values |= _starts(curves)
+  if made.task.step is not None and config['tokens']:
+    values |= speed(made, model, weights, config['tokens'])
   if model is not None:
-    _keep(folder, name, made, model, weights, inputs, settings['made'])
-  by_seed = dict(zip(map(str, settings['seeds']), rows, strict=True))
+    _keep(folder, name, made, model, weights, config)
+  by_seed = dict(zip(map(str, config['seeds']), rows, strict=True))
   folder.update_json('seeds.json', name, by_seed)
   folder.metrics.record(head, values)
+
+
+def _starts(curves: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """What was checked before the first step: without training."""
+  names = {'validation_accuracy': 'accuracy', 'validation_loss': 'loss'}
+  return {
+    f'start_{short}': float(np.mean([c[name][0][1] for c in curves]))
+    for name, short in names.items()
+    if all(name in c for c in curves)
+  }
 
 
 def _judge_float(made: training.Trainee, params: Any) -> dict[str, Any]:
@@ -82,10 +92,10 @@ def _judge_float(made: training.Trainee, params: Any) -> dict[str, Any]:
   )
 
 
-def _judge_frozen(made, trained, reference, floats, inputs):
+def _judge_frozen(made, trained, reference, floats):
   """Numbers of every seed, and the model of the first."""
   task = made.task
-  frozen = [made.freeze(v, *inputs) for v in trained]
+  frozen = [made.freeze(v, *made.example) for v in trained]
   model = frozen[0]
   simulated, deployed = jax.jit(made.apply), jax.jit(model.apply)
   rows = []
@@ -191,12 +201,14 @@ def decoder(made: training.Trainee) -> ql.Plan:
   )
 
 
-def _keep(folder, name, made, model, weights, inputs, note) -> None:
+def _keep(folder, name, made, model, weights, config) -> None:
   """The first seed's model, its plan, and what the page says of its sites."""
+  note = {'config': config, 'variant': made.variant.name}
+  note['environment'] = runtime.environment()
   model = dataclasses.replace(model, report={**model.report, 'made': note})
   ql.save(folder.path / 'checkpoints' / name, model, overwrite=True)
   folder.update_json('plan.json', name, model.plan.to_json())
-  noise = ql.site_sqnr(made.task.apply, weights, model, [inputs])
+  noise = ql.site_sqnr(made.task.apply, weights, model, [made.example])
   rows = report.site_rows(model, noise, weights)
   folder.update_json('sites.json', name, rows)
 

@@ -77,40 +77,30 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     TrainingError: a loss or gradient is not finite.
   """
   found = check(config)
-  model = config.model.to_dict()
   mesh = runtime.make_mesh(data=-1) if config.mesh else None
   seed = config.seeds[0]
   with runtime.Workdir(workdir, config.to_dict(), seed=seed) as folder:
     try:
-      task = tasks.make(config.task, model)
+      task = tasks.make(config.task, config.model.to_dict())
     except FileNotFoundError as error:
       rich.print(f'[yellow]{config.task}[/]: {markup.escape(str(error))}')
       return {}
+    made = [_planned(config, task, v) for v in found]
     floats: list[Any] = []
-    for variant in runtime.track(found, config.task):
-      mine = task
-      if variant.model:
-        mine = tasks.make(config.task, model | dict(variant.model))
-      example = mine.draws(variant.batch_size, steps=1, seed=seed)[0]
-      made = training.trainee(mine, variant, example[: mine.inputs])
-      trained = _train(folder, config, made, floats, mesh)
-      if variant.name == FLOAT:
+    for one in runtime.track(made, config.task):
+      trained, curves = _train(folder, config, one, floats, mesh)
+      if one.variant.name == FLOAT:
         floats = [v['weights'] for v in trained]
-      if _head(config, variant) not in folder.metrics:
-        settings = {'seeds': config.seeds, 'tokens': config.tokens}
-        settings['made'] = {
-          'config': config.to_dict(),
-          'variant': variant.name,
-          'environment': runtime.environment(),
-        }
+      head = _head(config, one.variant)
+      if head not in folder.metrics:
         judging.judge(
           folder,
-          made,
-          (_head(config, variant), f'{config.task}/{variant.name}'),
+          one,
+          (head, f'{config.task}/{one.variant.name}'),
           trained,
+          curves,
           (task.apply, floats),
-          example,
-          settings,
+          config.to_dict(),
         )
     return _finish(folder, config, found)
 
@@ -121,22 +111,35 @@ def _head(config: Any, variant: training.Variant) -> str:
   return f'q/{config.task}/{variant.name}'
 
 
+def _planned(
+  config: Any, task: tasks.Task, variant: training.Variant
+) -> training.Trainee:
+  """The task with the variant's model, planned."""
+  if variant.model:
+    sizes = config.model.to_dict() | dict(variant.model)
+    task = tasks.make(config.task, sizes)
+  [batch] = task.draws(variant.batch_size, steps=1, seed=config.seeds[0])
+  return training.trainee(task, variant, batch[: task.inputs])
+
+
 def _train(
   folder: runtime.Workdir,
   config: Any,
   made: training.Trainee,
   floats: Sequence[Any],
   mesh: Any,
-) -> list[training.Variables]:
-  """The trained variables of every seed; what was done before is read."""
+) -> tuple[list[training.Variables], list[loop.Curves]]:
+  """The trained variables of every seed, and curves; or read, if done."""
   together = [tuple(config.seeds)]
   if not config.vmap:
     together = [(seed,) for seed in config.seeds]
   found: list[training.Variables] = []
+  curves: list[loop.Curves] = []
   for seeds in together:
     mine = floats[len(found) : len(found) + len(seeds)] or None
-    found += _train_seeds(folder, config, made, seeds, mine, mesh)
-  return found
+    more, curve = _train_seeds(folder, config, made, seeds, mine, mesh)
+    found, curves = found + more, [*curves, curve]
+  return found, curves
 
 
 def _train_seeds(folder, config, made, seeds, floats, mesh):
@@ -192,7 +195,8 @@ def _train_seeds(folder, config, made, seeds, floats, mesh):
         f'step {saves.last} is kept in {saves.folder}.'
       ) from error
   folder.update_json('curves.json', head, curves)
-  return [made.settled(v) for v in training.lanes(state['variables'], runs)]
+  found = [made.settled(v) for v in training.lanes(state['variables'], runs)]
+  return found, curves
 
 
 def _finish(

@@ -138,6 +138,7 @@ class Trainee:
     apply: `(variables, *inputs) -> outputs`, simulated.
     train_apply: the same in training mode, or None; see `tasks.Task`.
     init: `(params, batches) -> variables`.
+    example: inputs it was planned with.
     plan: None in float.
     freeze: `(variables, *inputs) -> Quantized`; None in float.
   """
@@ -147,6 +148,7 @@ class Trainee:
   apply: Callable[..., Any]
   train_apply: Callable[..., Any] | None
   init: Callable[..., Variables]
+  example: tuple[Any, ...]
   plan: ql.Plan | None
   freeze: Callable[..., Any] | None
 
@@ -177,6 +179,7 @@ def trainee(task: tasks.Task, variant: Variant, example: Any) -> Trainee:
       lambda v, *inputs: task.apply(v['weights'], *inputs),
       live and (lambda v, *inputs: live(v['weights'], *inputs)),
       lambda params, batches: {'weights': params, 'sites': {}},
+      tuple(example),
       None,
       None,
     )
@@ -189,6 +192,7 @@ def trainee(task: tasks.Task, variant: Variant, example: Any) -> Trainee:
     train.apply,
     live and ql.qat(live, plan, estimator(variant)).apply,
     train.init,
+    tuple(example),
     plan,
     train.freeze,
   )
@@ -266,12 +270,12 @@ def starts(
     floats: parameters of the float net of each seed, for those that start
       from it.
   """
-  found = []
+  found, init = [], jax.jit(made.task.init)
   for i, seed in enumerate(seeds):
     params = (
       floats[i]
       if floats is not None and made.variant.start == 'float'
-      else made.task.init(jax.random.key(seed))
+      else init(jax.random.key(seed))
     )
     draws = made.task.draws(made.variant.batch_size, steps=4, seed=seed)
     batches = [b[: made.task.inputs] for b in draws]
@@ -328,4 +332,5 @@ def begin(made: Trainee, variables: Sequence[Variables]) -> tuple[Any, Any]:
   optimizer = optimizers.make(
     made.variant.optimizer, made.variant.steps, labels(made, variables[0])
   )
-  return stack([training.begin(v, optimizer) for v in variables]), optimizer
+  start = jax.jit(lambda v: training.begin(v, optimizer))
+  return stack([start(v) for v in variables]), optimizer

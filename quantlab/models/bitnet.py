@@ -25,7 +25,7 @@ def language_model(
 ) -> llama.Config:
   """A decoder with SubLN and an output matrix of its own.
 
-  The MLP is 8/3 as wide as the stream, in whole multiples of 8, so that its
+  The MLP is 8/3 as wide as the stream, in multiples of 32, so that its
   three matrices weigh as much as the customary two of four times the width.
 
   Args:
@@ -36,7 +36,7 @@ def language_model(
     **fields: of `llama.Config`, in the place of these choices.
   """
   chosen = {
-    'hidden': -(-dim // 3) * 8,
+    'hidden': -(-8 * dim // 96) * 32,
     'kv_heads': heads,
     'tied': False,
     'sub_norm': True,

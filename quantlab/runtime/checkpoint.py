@@ -81,15 +81,15 @@ def save_arrays(
     if first
     else contextlib.nullcontext(files.partial_name(path)) as partial
   ):
-    _barrier(f'made {path}')
+    barrier(f'made {path}')
     _write(partial, stored)
-    _barrier(f'wrote {path}')
+    barrier(f'wrote {path}')
     content['files'] = _describe_files(partial)
     content['digest'] = _digest(content)
     if first:
       files.write_json(partial / MANIFEST, content)
-    _barrier(f'described {path}')
-  _barrier(f'saved {path}')
+    barrier(f'described {path}')
+  barrier(f'saved {path}')
   return content
 
 
@@ -287,7 +287,7 @@ def _describe_files(folder: epath.Path, prefix: str = '') -> dict[str, Any]:
   return described
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
   """Waits for the other processes, when there are any."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from quantlab.runtime import files, manifest, metrics
+from quantlab.runtime import checkpoint, files, manifest, metrics
 
 try:
   import fcntl
@@ -50,9 +50,11 @@ class Workdir:
       if self._writes:
         _make_writable(self.path)
         self._lock = _lock(self.path)
-      self.resumed = self._check_owner()
-      if self._writes:
+        self.resumed = self._check_owner()
         self._sign(seed)
+      checkpoint.barrier(f'signed {self.path}')
+      if not self._writes:  # what the first process has just signed
+        self.resumed = self._check_owner()
       self.metrics = metrics.Metrics(self.path)
     except BaseException:
       self._unlock()
