@@ -87,11 +87,14 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
       return {}
     made = [_planned(config, task, v) for v in found]
     floats: list[Any] = []
-    for one in runtime.track(made, config.task):
+    todo = [m for m in made if _head(config, m.variant) not in folder.metrics]
+    if todo and made[0] not in todo:  # others may begin with the float net
+      todo.insert(0, made[0])
+    for one in runtime.track(todo, config.task):
       trained, curves = _train(folder, config, one, floats, mesh)
-      if one.variant.name == FLOAT:
-        floats = [v['weights'] for v in trained]
       head = _head(config, one.variant)
+      if one is made[0]:
+        floats = [v['weights'] for v in trained]
       if head not in folder.metrics:
         judging.judge(
           folder,

@@ -324,7 +324,7 @@ def stack(trees: Sequence[Any]) -> Any:
   """The reverse of `lanes`."""
   if len(trees) == 1:
     return trees[0]
-  return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+  return jax.tree.map(lambda *xs: np.stack(xs), *trees)
 
 
 def begin(made: Trainee, variables: Sequence[Variables]) -> tuple[Any, Any]:

@@ -36,9 +36,23 @@ def measured(folder):
   }
 
 
+class StoppedError(Exception):
+  pass
+
+
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
+  """Stopped once in the middle of the second variant, and finished."""
   folder = tmp_path_factory.mktemp('qat') / 'run'
+
+  def stop(self, values, step):
+    if step == 45 and any('w2a4' in name for name in values):
+      raise StoppedError
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(runtime.metrics.Metrics, 'scalars', stop)
+    with pytest.raises(StoppedError):
+      qat.run(tiny_launch.get_config(), str(folder))
   return folder, qat.run(tiny_launch.get_config(), str(folder))
 
 
@@ -147,6 +161,13 @@ def command(folder, *more, config='all', **options):
   )
 
 
+# What the loop itself is tested for always, with the whole launcher: a minute.
+whole_launcher = pytest.mark.skipif(
+  not os.environ.get('QUANTLAB_LONG_TESTS'), reason='QUANTLAB_LONG_TESTS unset'
+)
+
+
+@whole_launcher
 def test_killed_it_goes_on_with_the_same_curves(finished, tmp_path):
   """kill -9 in the middle of the last variant; then to the end."""
   folder = tmp_path / 'killed'
@@ -189,6 +210,7 @@ def test_divergence_ends_with_the_site_and_a_save(tmp_path):
 # Several devices and processes ----------------------------------------------
 
 
+@whole_launcher
 def test_two_processes_do_what_one_does(tmp_path):
   """With two devices each; sums have another order."""
   with socket.socket() as s:

@@ -1,61 +1,37 @@
 """The loop: the same curve after a stop, a clear end where it diverges."""
 
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runtime import fitting
+from runtime.fitting import STEPS, X, Y, fit, start, walk
 
 from quantlab import data, runtime
 from quantlab.runtime import saves as saves_lib
 from quantlab.runtime import training
 
-RNG = np.random.RandomState(0)
-X = RNG.normal(size=(64, 4)).astype(np.float32)
-Y = (X @ np.array([1.0, -2.0, 0.5, 3.0], np.float32)) + 0.1
 OPTIMIZER = optax.adam(0.05)
-STEPS = 30
-
-
-def loss(variables, step, x, y):
-  """Least squares; a running mean of y beside it, by settlement."""
-  del step
-  error = x @ variables['w'] + variables['b'] - y
-  seen = {**variables, 'mean': 0.9 * variables['mean'] + 0.1 * y.mean()}
-  mask = {'w': False, 'b': False, 'mean': True}
-  return jnp.square(error).mean(), (mask, seen)
+WORKER = pathlib.Path(fitting.__file__)
 
 
 @pytest.fixture(scope='module')
 def update():
-  return training.compiled(training.updater(loss, OPTIMIZER))
+  return fitting.updater()
 
 
-def start():
-  zeros = {'w': jnp.zeros(4), 'b': jnp.zeros(()), 'mean': jnp.zeros(())}
-  return training.begin(zeros, OPTIMIZER)
-
-
-def check(state):
-  w = state['variables']['w']
-  return {'distance': jnp.abs(w - jnp.array([1.0, -2.0, 0.5, 3.0])).max()}
-
-
-def walk(x=X, y=Y, seed=0, steps=STEPS):
-  return data.iterator(data.Draws((x, y), 8, steps=steps, seed=seed))
-
-
-def fit(folder, update, walks, identity=None, state=None, **options):
-  options = {
-    'check': check,
-    'score': lambda found: -found['distance'],
-    'check_every': 10,
-    'log_every': 3,
-  } | options
-  with saves_lib.Saves(folder, identity or {'recipe': 'a'}) as saves:
-    return training.train(
-      update, state or start(), walks, STEPS, saves, **options
-    )
+@pytest.fixture(scope='module')
+def whole(update, tmp_path_factory):
+  """State and curves of a run without a stop."""
+  return fit(tmp_path_factory.mktemp('whole'), update, [walk()])
 
 
 class StoppedError(Exception):
@@ -70,22 +46,66 @@ def stopping(at):
   return log
 
 
-def test_after_a_stop_all_is_as_without(tmp_path, update):
-  state, curves = fit(tmp_path / 'whole', update, [walk()])
+def test_after_a_stop_all_is_as_without(tmp_path, update, whole):
+  state, curves = whole
   due = {*range(3, 31, 3), 10, 20}
   assert [s for s, _ in curves['loss']] == sorted(due)
   assert [s for s, _ in curves['distance']] == [0, 10, 20, 30]
   assert curves['loss'][-1][1] < 0.5 * curves['loss'][0][1]
-  for at in (4, 17, 29):  # the last one twice
+  for at in (4, 17, 29):
     with pytest.raises(StoppedError):
-      fit(tmp_path / 'killed', update, [walk()], log=stopping(at))
-  again, resumed = fit(tmp_path / 'killed', update, [walk()])
+      fit(tmp_path, update, [walk()], log=stopping(at))
+  again, resumed = fit(tmp_path, update, [walk()])
   assert resumed == curves
   jax.tree.map(np.testing.assert_array_equal, again, state)
   # And after the end there is nothing left to do.
-  done, same = fit(tmp_path / 'killed', update, [walk()])
+  done, same = fit(tmp_path, update, [walk()])
   assert same == curves
   jax.tree.map(np.testing.assert_array_equal, done, state)
+
+
+def test_killed_by_the_system_it_goes_on(tmp_path, update, whole):
+  command = [sys.executable, WORKER, tmp_path, '0.5']
+  with subprocess.Popen(command) as process:
+    try:
+      deadline = time.time() + 120
+      while not (tmp_path / 'steps/10').exists():
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.01)
+    finally:
+      process.send_signal(signal.SIGKILL)
+  assert not (tmp_path / 'steps/30').exists()
+  state, curves = fit(tmp_path, update, [walk()])
+  assert curves == whole[1]
+  jax.tree.map(np.testing.assert_array_equal, state, whole[0])
+
+
+def test_two_processes_do_what_one_does(tmp_path, whole):
+  """Each with two devices; sums have another order."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  workers = [
+    subprocess.Popen(
+      [sys.executable, WORKER, tmp_path, '0', str(port), str(i)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    outputs = [w.communicate(timeout=300)[0] for w in workers]
+  finally:
+    for w in workers:
+      w.kill()
+  assert all(w.returncode == 0 for w in workers), outputs
+  expected = jax.tree.leaves(whole[0]['variables'])
+  for i in range(2):
+    with np.load(tmp_path / f'{i}.npz') as found:
+      for name, x in zip(found.files, expected, strict=True):
+        np.testing.assert_allclose(found[name], x, rtol=1e-5)
 
 
 def test_running_values_are_settled_and_not_optimized(tmp_path, update):
@@ -103,7 +123,7 @@ def test_seeds_trained_as_one_are_those_trained_alone(tmp_path, update):
   ]
   both, _ = fit(
     tmp_path / 'both',
-    training.compiled(training.updater(loss, OPTIMIZER), runs=2),
+    fitting.updater(runs=2),
     [walk(seed=s) for s in (0, 1)],
     state=jax.tree.map(lambda *xs: jnp.stack(xs), start(), start()),
     score=lambda found: 0.0,
@@ -209,18 +229,9 @@ def test_saves_of_another_structure_are_refused(tmp_path, update):
     saves.restore(other)
 
 
-def test_over_a_mesh_it_is_the_same(tmp_path, update):
-  mesh = runtime.make_mesh(data=-1)
-  meshed = training.compiled(training.updater(loss, OPTIMIZER), mesh)
-  state, curves = fit(
-    tmp_path / 'mesh',
-    meshed,
-    [walk()],
-    state=training.placed(start(), mesh),
-    place=lambda batch: training.spread(batch, mesh),
-  )
+def test_over_a_mesh_it_is_the_same(tmp_path, whole):
+  state, curves = fitting.on_mesh(tmp_path)
   w = state['variables']['w']
   assert len(w.sharding.device_set) == jax.device_count() == 8
-  alone, expected = fit(tmp_path / 'alone', update, [walk()])
-  np.testing.assert_allclose(w, alone['variables']['w'], rtol=1e-5)
-  np.testing.assert_allclose(curves['loss'], expected['loss'], rtol=1e-5)
+  np.testing.assert_allclose(w, whole[0]['variables']['w'], rtol=1e-5)
+  np.testing.assert_allclose(curves['loss'], whole[1]['loss'], rtol=1e-5)
