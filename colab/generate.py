@@ -31,6 +31,5 @@ def notebook(source: pathlib.Path) -> nbformat.NotebookNode:
 
 
 if __name__ == '__main__':
-  nbformat.write(
-    notebook(FOLDER / 'quickstart.py'), FOLDER / 'quickstart.ipynb'
-  )
+  for name in ('quickstart', 'bitnet'):
+    nbformat.write(notebook(FOLDER / f'{name}.py'), FOLDER / f'{name}.ipynb')
