@@ -17,8 +17,9 @@ from quantlab.core import named_leaves
 from quantlab.models import llama
 
 # A frozen model adds up integers, a simulated one floats: now and then a value
-# between two codes goes to the other one. Half of the examples may not differ.
-TOLERANCE = 1e-3
+# between two codes goes to the other one, and one of 8 bits moves an output by
+# some tenths of a per cent. A wrong scale or code moves it by many per cent.
+TOLERANCE = 1e-2
 
 
 class FrozenError(RuntimeError):

@@ -243,20 +243,21 @@ def losses(made: Trainee) -> Callable[..., tuple[jax.Array, Any]]:
     found, settle = outputs(variables, step, inputs)
     value = task.loss(found, *targets)
     if variant.distill:
-      told = kd(found, task.apply(teacher, *inputs), variant.distill)
-      share = variant.distill['weight']
+      share, t = variant.distill['weight'], variant.distill['temperature']
+      told = kd(found, task.apply(teacher, *inputs), temperature=t)
       value = (1 - share) * value + share * told
     return value, settle
 
   return loss
 
 
-def kd(student: jax.Array, teacher: jax.Array, spec: Mapping[str, float]):
+def kd(
+  student: jax.Array, teacher: jax.Array, *, temperature: float
+) -> jax.Array:
   """T^2 KL(teacher || student) of softmaxes at temperature T, in nats."""
-  t = spec['temperature']
-  log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / t)
-  log_q = jax.nn.log_softmax(student / t)
-  return t * t * (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+  log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
+  log_q = jax.nn.log_softmax(student / temperature)
+  return temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
 
 def starts(
