@@ -169,6 +169,8 @@ def speed(
 ) -> dict[str, float]:
   """Tokens a second, greedily and one at a time, the best of three."""
   task = made.task
+  assert task.step is not None
+  assert task.sizes is not None
   step, params = task.step, weights
   if model is not None:
     params, step = model.params, ql.quantized(task.step, decoder(made))
@@ -190,6 +192,8 @@ def speed(
 def decoder(made: training.Trainee) -> ql.Plan:
   """The plan of the token-by-token function, by the same recipe."""
   task = made.task
+  assert task.step is not None
+  assert task.sizes is not None
   params = jax.eval_shape(task.init, jax.random.key(0))
   cache = llama.empty_cache(1, 8, task.sizes)
   return ql.plan(

@@ -222,11 +222,12 @@ def losses(made: Trainee) -> Callable[..., tuple[jax.Array, Any]]:
   live = variant.batch_norm * variant.steps
 
   def outputs(variables, step, inputs):
-    if made.train_apply is None:
+    train_apply = made.train_apply
+    if train_apply is None:
       return made.apply(variables, *inputs), None
     found, after = jax.lax.cond(
       step < live,
-      lambda: made.train_apply(variables, *inputs),
+      lambda: train_apply(variables, *inputs),
       lambda: (made.apply(variables, *inputs), variables['weights']),
     )
     mask = task.is_running(variables['weights'])
@@ -235,8 +236,8 @@ def losses(made: Trainee) -> Callable[..., tuple[jax.Array, Any]]:
     return found, ({'weights': mask, 'sites': still}, after)
 
   def loss(variables, step, *batch):
-    *batch, teacher = batch
-    inputs, targets = batch[: task.inputs], batch[task.inputs :]
+    *arrays, teacher = batch
+    inputs, targets = arrays[: task.inputs], arrays[task.inputs :]
     if variant.warm_up:
       strength = jnp.minimum(1.0, (step + 1) / rise)
       variables = ql.set_leaves(variables, 'strength', strength)

@@ -79,6 +79,9 @@ class Draws:
   def __len__(self) -> int:
     return self._steps
 
+  def __iter__(self) -> Iterator[batches.Batch]:
+    return (self[i] for i in range(self._steps))
+
   def __getitem__(self, i: int) -> batches.Batch:
     if not 0 <= i < self._steps:
       raise IndexError(f'batch {i} of {self._steps}')
@@ -124,7 +127,7 @@ def crop_and_flip(
   b, h, w, _ = x.shape
   padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
   down, across = rng.randint(0, 2 * margin + 1, (2, b, 1))
-  mirrored = rng.randint(0, 2, b).astype(bool)
+  mirrored = np.asarray(rng.randint(0, 2, b), bool)
   rows = (down + np.arange(h))[:, :, None]
   columns = np.arange(w) + np.zeros_like(across)
   columns[mirrored] = columns[mirrored, ::-1]

@@ -334,10 +334,10 @@ def learning_curves(
   for i, (name, runs) in enumerate(curves.items()):
     for j, run in enumerate(runs):
       steps, values = np.asarray(run, float).T
-      named = {'label': literal(name)} if j == 0 else {}
+      label_ = literal(name) if j == 0 else None
       color = _CYCLE[i % len(_CYCLE)]
       style = '-' if i < len(_CYCLE) else '--'
-      ax.plot(steps, values, style, color=color, lw=1.1, **named)
+      ax.plot(steps, values, style, color=color, lw=1.1, label=label_)
   if 'loss' in label:
     ax.set_yscale('log')
   ax.set_xlabel('step')
