@@ -58,7 +58,7 @@ def get_config(size=''):
   steps = {'steps': 4000 if large else 450}
   config.float = ml_collections.ConfigDict({'optimizer': COSINE} | steps)
   w4a8 = {
-    'weight': {'format': 'int4', 'group': 32, 'scale': {'rule': 'mse'}},
+    'weight': {'format': 'int4', 'scale': {'rule': 'mse'}},
     'input': INT8_TOKEN,
   }
   config.variants = (
