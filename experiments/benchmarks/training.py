@@ -16,8 +16,7 @@ import quantlab as ql
 from experiments.benchmarks import timing
 from quantlab.models import resnet_cifar, transformer
 
-INPUT = {'per': 'tensor', 'static': True}
-LEARNED = ql.rule(weight=ql.int4(), input=ql.int8(**INPUT))
+LEARNED = ql.rule(weight=ql.int4(), input=ql.int8(per='tensor', static=True))
 DYNAMIC = ql.rule(weight=ql.int4(), input=ql.int8(per='token'))
 
 
