@@ -4,11 +4,9 @@
 // function, and it might keep one with instructions the machine lacks.
 #include <string.h>
 
-#include "decode.h"
+#include "few.h"
 #include "floats.h"
-#include "product.h"
 #include "quantize.h"
-#include "tiles.h"
 
 namespace quantlab {
 namespace {
@@ -17,28 +15,11 @@ constexpr int64_t kStrip = 16 * 1024;   // bytes of decoded weight at a time
 constexpr int64_t kSums = 512 * 1024;   // bytes of sums of one task
 constexpr int64_t kRows = 48 * kTile;   // rows of x of one task, at most
 constexpr int64_t kPanel = 512;         // columns of one task, at most
-// For so few rows that the weight is read at the speed of memory: wide runs,
-// and the next block, fetched into L2 while this one is multiplied.
-constexpr int64_t kWide = 2048;
-constexpr int64_t kFetched = 64 * 1024;
 
 // ---- plan and activations --------------------------------------------------
 
-struct Group {
-  int64_t k0, k1, row0, rows;  // rows of bytes, or of unpacked codes
-};
-
-QL_INLINE Group group_at(const Product& a, const Plan& plan, int64_t g) {
-  Group r;
-  r.k0 = g * a.group;
-  r.k1 = min_(r.k0 + a.group, a.k);
-  r.row0 = r.k0 / plan.planes;
-  r.rows = ceil_div(r.k1, plan.planes) - r.row0;
-  return r;
-}
-
 Plan plan(const Product& a, int64_t threads) {
-  Plan p;
+  Plan p{};
   p.unpack = a.bits != 8 && a.bits != 4 && a.bits != 2;
   p.planes = p.unpack ? 1 : 8 / a.bits;
   const int64_t group = min_(a.group, a.k);
@@ -49,15 +30,19 @@ Plan plan(const Product& a, int64_t threads) {
   p.ones = a.x_zero != nullptr;
   p.rows = round_up(ceil_div(a.m, ceil_div(a.m, kRows)), kTile);
   p.direct = a.m + p.ones <= kDirect;
-  const int64_t fits = kSums / (8 * (p.rows + p.ones)) / kWidth * kWidth;
-  const int64_t widest = max_(min_(p.direct ? kWide : kPanel, fits), kWidth);
-  const int64_t panels = round_up(ceil_div(a.n, widest), threads);
-  p.panel = round_up(ceil_div(a.n, panels), kWidth);
-  p.block = p.direct ? kFetched / (4 * p.panel) : kStrip / (4 * kWidth * p.planes);
-  p.block = ceil_div(p.steps, ceil_div(p.steps, p.block));
-  const int64_t strips = p.panel / kWidth;
   p.x_bytes = 4 * p.stride * (a.m + p.ones) + 64;
   p.sum_bytes = 4 * a.groups * a.m;
+  if (p.direct) {
+    few_plan(a, threads, p);
+    return p;
+  }
+  const int64_t fits = kSums / (8 * (p.rows + p.ones)) / kWidth * kWidth;
+  const int64_t widest = max_(min_(kPanel, fits), kWidth);
+  const int64_t panels = round_up(ceil_div(a.n, widest), threads);
+  p.panel = round_up(ceil_div(a.n, panels), kWidth);
+  p.block = kStrip / (4 * kWidth * p.planes);
+  p.block = ceil_div(p.steps, ceil_div(p.steps, p.block));
+  const int64_t strips = p.panel / kWidth;
   p.work_bytes = 4 * kWidth * p.block * p.planes +    // decoded strip
                  2 * kWidth * (4 * p.block + 16) +    // copied, unpacked
                  4 * kWidth * strips * (2 * p.rows + p.ones) + 256;
@@ -130,31 +115,11 @@ void prepare(const Product& a, const Plan& plan, int64_t begin, int64_t end,
 
 // ---- one task ---------------------------------------------------------------
 
-// Words of the columns of a strip, in the order of the lanes.
-QL_INLINE void lanes_of(const void* p, int64_t columns, I (&v)[4]) {
-  alignas(64) int32_t padded[kWidth];
-  if (columns < kWidth) {
-    memset(padded, 0, sizeof padded);
-    memcpy(padded, p, 4 * columns);
-    p = padded;
-  }
-  for (int j = 0; j < 4; ++j)
-    v[j] = load(static_cast<const int32_t*>(p) + j * kWidth / 4);
-  to_lanes(v);
-}
-
 // A block of steps within a group.
 struct Block {
   int64_t group;
   const int32_t* x;
   bool more, last;  // not the first, the last of its group
-};
-
-// What a group's columns are corrected and scaled by.
-struct Columns {
-  int offset;
-  int64_t x_zero;
-  I zero[4], scale[4];
 };
 
 struct Task {
@@ -172,26 +137,11 @@ struct Task {
   int64_t rows() const { return m1 - m0; }
   int64_t ones() const { return plan.ones * kWidth; }
 
-  Columns columns_of(int64_t g, int64_t n, int64_t columns) const {
-    Columns c{};
-    c.offset = a.table ? 128 : a.is_signed ? 1 << (a.bits - 1) : 0;
-    c.x_zero = a.x_zeros > 1 ? g : 0;
-    if (a.scale) lanes_of(a.scale + g * a.n + n, columns, c.scale);
-    if (!a.zero) return c;
-    lanes_of(a.zero + g * a.n + n, columns, c.zero);
-    for (int j = 0; j < 4; ++j) c.zero[j] = add(c.zero[j], words(c.offset));
-    return c;
-  }
-
   Codes codes(int64_t row, int64_t count, int64_t n, int64_t columns) {
     const int bits = static_cast<int>(a.bits);
     Codes c = rows_of_codes(a.codes, a.n, bits, plan.unpack, row, count, n,
                             columns, copied, unpacked);
-    c.flip = a.table || !a.is_signed ? 0
-             : plan.unpack           ? 1 << (bits - 1)
-             : bits == 8             ? 0x80
-             : bits == 4             ? 0x88
-                                     : 0xAA;
+    c.flip = flip_of(a, plan);
     c.table = table;
     return c;
   }
@@ -201,15 +151,6 @@ struct Task {
   void block(const Block& b, Codes c, const Columns& by, int32_t* sums,
              float* y) {
     const bool t = a.table != nullptr;
-    const int64_t count = rows() + plan.ones;
-    if (plan.direct) {
-      Direct f = plan.planes == 1   ? direct_of<1>(t, count)
-                 : plan.planes == 2 ? direct_of<2>(t, count)
-                                    : direct_of<4>(t, count);
-      f(c, ahead, b.x, plan.stride, sums, b.more);
-      if (b.last) scale(b.group, by, 0, rows(), sums, sums + ones(), y);
-      return;
-    }
     Decode f = plan.planes == 1   ? decode_of<1>(t)
                : plan.planes == 2 ? decode_of<2>(t)
                                   : decode_of<4>(t);
@@ -221,7 +162,7 @@ struct Task {
     if (plan.ones) kTiles[0](decoded, words, b.x, plan.stride, sums, b.more, none);
     const int32_t* x = b.x + (plan.ones + m0) * plan.stride;
     int32_t* out = sums + ones();
-    const bool simple = a.scale && a.y && !a.x_zero && !(a.x_scale && a.x_scales > 1);
+    const bool simple = is_simple(a);
     for (int64_t r = 0; r < rows(); r += kTile, x += kTile * plan.stride) {
       const int64_t many = min_(rows() - r, kTile);
       if (b.last && simple) {
@@ -234,55 +175,10 @@ struct Task {
         continue;
       }
       kTiles[many - 1](decoded, words, x, plan.stride, out, b.more, later);
-      if (b.last) scale(b.group, by, r, r + many, sums, out, y + r * kWidth);
+      if (b.last)
+        scale_onto(a, x_sums, b.group, by, m0 + r, m0 + r + many, b.group == 0,
+                   sums, out, y + r * kWidth);
       if (b.more || !b.last) out += kTile * kWidth;
-    }
-  }
-
-  // Sums of rows [r0, r1) of one group, corrected and scaled, onto y.
-  void scale(int64_t g, const Columns& by, int64_t r0, int64_t r1,
-             const int32_t* ones, const int32_t* in, float* out) {
-    const bool apart = a.x_scale && a.x_scales > 1;
-    for (int64_t r = m0 + r0; r < m0 + r1; ++r, in += kWidth, out += kWidth) {
-      const int32_t x_sum = x_sums[r * a.groups + g];
-      const int32_t z = a.x_zero ? a.x_zero[r * a.x_zeros + by.x_zero] : 0;
-      const F s = spread_f(apart ? a.x_scale[r * a.x_scales + g] : 1.0f);
-      each<4>([&](auto j) QL_NOW {
-        I v = load(in + j * kWidth / 4);
-        if (a.zero)
-          v = sub(v, mul(by.zero[j], words(x_sum)));
-        else
-          v = sub(v, words(times(by.offset, x_sum)));
-        if (a.x_zero) v = sub(v, mul(words(z), load(ones + j * kWidth / 4)));
-        float* const o = out + j * kWidth / 4;
-        if (a.sums) return store(o, v);
-        F f = floats(v);
-        if (apart && a.scale) f = mul_f(f, cast_f(by.scale[j]));
-        const F t = apart || !a.scale ? s : cast_f(by.scale[j]);
-        store_f(o, g ? fma_f(f, t, load_f(o)) : mul_f(f, t));
-      });
-    }
-  }
-
-  // The finished strip, in the order of its columns.
-  void write(int64_t n, int64_t columns, const float* in) {
-    float* const y = a.sums ? reinterpret_cast<float*>(a.sums) : a.y;
-    alignas(64) float padded[kWidth];
-    for (int64_t r = 0; r < rows(); ++r, in += kWidth) {
-      I v[4];
-      for (int j = 0; j < 4; ++j) v[j] = load(in + j * kWidth / 4);
-      from_lanes(v);
-      float* out = y + (m0 + r) * a.n + n;
-      float* const o = columns < kWidth ? padded : out;
-      const bool shared = a.x_scale && a.x_scales == 1;
-      const F s = spread_f(shared ? a.x_scale[m0 + r] : 1.0f);
-      for (int j = 0; j < 4; ++j) {
-        if (shared)
-          store_f(o + j * kWidth / 4, mul_f(cast_f(v[j]), s));
-        else
-          store(o + j * kWidth / 4, v[j]);
-      }
-      if (o == padded) memcpy(out, padded, 4 * columns);
     }
   }
 
@@ -299,11 +195,11 @@ struct Task {
         fetch_after(row + count);
         for (int64_t n = n0, i = 0; n < n1; n += kWidth, ++i) {
           const int64_t columns = min_(kWidth, n1 - n);
-          const Columns by = b.last ? columns_of(g, n, columns) : Columns{};
+          const Columns by = b.last ? columns_of(a, g, n, columns) : Columns{};
           float* const to = y + i * kWidth * rows();
           block(b, codes(row, count, n, columns), by,
                 sums + (apart ? i * strip : 0), to);
-          if (b.last && g == a.groups - 1) write(n, columns, to);
+          if (b.last && g == a.groups - 1) write(a, n, columns, m0, m1, to);
         }
       }
     }
@@ -334,13 +230,12 @@ void task(const Product& a, const Plan& plan, const int32_t* x,
   t.sums = reinterpret_cast<int32_t*>(p += copied);
   t.y = reinterpret_cast<float*>(
       p + 4 * kWidth * strips * (plan.rows + plan.ones));
-  for (int i = 0; a.table && i < 16; ++i)
-    t.table[i] = static_cast<uint8_t>(a.table[i & ((1 << a.bits) - 1)] + 128);
+  table_of(a, t.table);
   t.run();
 }
 
-constexpr Kernels kKernels{plan, prepare, task, float_plan, float_task,
-                           quantize};
+constexpr Kernels kKernels{plan,       prepare,    task,      few_task,
+                           few_finish, float_plan, float_task, quantize};
 
 }  // namespace
 

@@ -17,7 +17,7 @@ inline void* scratch(int slot, int64_t size) {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
   };
-  thread_local Buffer buffers[3];
+  thread_local Buffer buffers[4];
   Buffer& b = buffers[slot];
   if (b.size < size) {
     std::free(b.data);

@@ -35,7 +35,7 @@ struct Product {
 // of x. Widths that straddle bytes are first unpacked to one code a byte.
 struct Plan {
   bool unpack;
-  bool direct;  // decoded within the product, else once for many rows
+  bool direct;  // few rows, decoded within the product: see few.h
   int64_t planes;
   int64_t steps;       // of one group, at most
   int64_t stride;      // words from one row of prepared activations to the next
@@ -46,6 +46,8 @@ struct Plan {
   int64_t x_bytes;     // of the prepared activations, (ones + m, stride)
   int64_t sum_bytes;   // of their sums, (m, groups)
   int64_t work_bytes;  // of the scratch space of one task
+  // Of few rows: how K is shared, rows fetched ahead, bytes of all sums.
+  int64_t slabs, shares, least, ahead, few_bytes;
 };
 
 // y[m, n] = sum_k x[m, k] (value[k, n] - zero[g, n]) scale[g, n]
@@ -95,6 +97,12 @@ struct Kernels {
   void (*task)(const Product&, const Plan&, const int32_t* x,
                const int32_t* sums, int64_t m0, int64_t m1, int64_t n0,
                int64_t n1, void* work);
+  // Of few rows: computes columns [n0, n1) of one slab of K, adds the slabs.
+  void (*few_task)(const Product&, const Plan&, const int32_t* x,
+                   const int32_t* sums, int64_t slab, int64_t n0, int64_t n1,
+                   float* few, void* work);
+  void (*few_finish)(const Product&, const Plan&, const int32_t* sums,
+                     int64_t n0, int64_t n1, float* few);
   FloatPlan (*float_plan)(const FloatProduct&, int64_t threads);
   void (*float_task)(const FloatProduct&, const FloatPlan&, const float* x,
                      int64_t m0, int64_t m1, int64_t n0, int64_t n1,

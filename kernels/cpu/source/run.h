@@ -23,6 +23,19 @@ void multiply(const Kernels& kernels, Product a, Pool& pool, int64_t threads) {
     kernels.prepare(a, plan, i * share, end < a.m ? end : a.m, x, sums);
   });
   const int64_t panels = (a.n + plan.panel - 1) / plan.panel;
+  if (plan.direct) {
+    auto* few = static_cast<float*>(scratch(3, plan.few_bytes));
+    parallel(pool, threads, panels * plan.slabs, [&](int64_t i) {
+      const int64_t n0 = i % panels * plan.panel, n1 = n0 + plan.panel;
+      kernels.few_task(a, plan, x, sums, i / panels, n0, n1 < a.n ? n1 : a.n,
+                       few, scratch(2, plan.work_bytes));
+    });
+    parallel(pool, threads, panels, [&](int64_t i) {
+      const int64_t n0 = i * plan.panel, n1 = n0 + plan.panel;
+      kernels.few_finish(a, plan, sums, n0, n1 < a.n ? n1 : a.n, few);
+    });
+    return;
+  }
   const int64_t chunks = (a.m + plan.rows - 1) / plan.rows;
   parallel(pool, threads, panels * chunks, [&](int64_t i) {
     const int64_t n0 = i % panels * plan.panel, m0 = i / panels * plan.rows;

@@ -90,55 +90,9 @@ __attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
   });
 }
 
-// The same from the codes: for so few rows that decoding once is enough.
-template <int R, int P, bool kTable>
-__attribute__((noinline)) void direct(Codes c, Ahead& ahead, const int32_t* x,
-                                      int64_t stride, int32_t* out,
-                                      bool more) {
-  constexpr int kBits = 8 / P;
-  // With registers to spare the planes are masked where they lie, so that
-  // plane p sums 2^(p kBits) times its products: no shifts of codes.
-  constexpr bool kApart = !kTable && P > 1 && R * P <= (kWidth == 64 ? 6 : 2);
-  const I table = kTable ? table16(c.table) : zeros();
-  Ahead fetch = ahead;
-  I sum[kApart ? P : 1][R][4];
-  begin<R>(sum[0], out, more);
-  if constexpr (kApart)
-    each<P - 1>([&](auto p) QL_NOW { begin<R>(sum[p + 1], out, false); });
-  for (; c.rows > 0; c.rows -= 4, c.p += 4 * c.stride, x += P) {
-    I v[4];
-    interleave(c.p, c.stride, c.rows, v);
-    fetch.fetch();
-    each<P>([&](auto p) QL_NOW {
-      X a[R];
-      each<R>([&](auto r) QL_NOW { a[r] = spread(x[r * stride + p]); });
-      const int mask = ((1 << kBits) - 1) << (kApart ? kBits * p : 0);
-      const I flip = bytes(c.flip & mask);
-      each<4>([&](auto j) QL_NOW {
-        const I w = kApart ? pick(v[j], bytes(mask), flip)
-                           : plane<P, kTable>(v[j], p, flip, table);
-        each<R>([&](auto r) QL_NOW {
-          I& s = sum[kApart ? p : 0][r][j];
-          s = dot(s, w, a[r]);
-        });
-      });
-    });
-  }
-  ahead = fetch;
-  each<R * 4>([&](auto i) QL_NOW {
-    I s = sum[0][i / 4][i % 4];
-    if constexpr (kApart)
-      each<P - 1>([&](auto p) QL_NOW {
-        s = add(s, shift_sum<(p + 1) * kBits>(sum[p + 1][i / 4][i % 4]));
-      });
-    store(out + i * kWidth / 4, s);
-  });
-}
-
 using Tile = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
                       int32_t*, bool, Ahead&);
 using Decode = void (*)(Codes, Ahead&, uint8_t*);
-using Direct = void (*)(Codes, Ahead&, const int32_t*, int64_t, int32_t*, bool);
 
 template <int R>
 constexpr Tile tile_or_last = tile<(R <= kTile ? R : kTile)>;
@@ -154,25 +108,9 @@ constexpr TileOnto kTilesOnto[] = {onto_or_last<1, Z>, onto_or_last<2, Z>,
                                    onto_or_last<3, Z>, onto_or_last<4, Z>,
                                    onto_or_last<5, Z>, onto_or_last<6, Z>};
 
-template <int P, bool T>
-struct Decoder {
-  template <int R>
-  static constexpr Direct at_most = direct<(R <= kDirect ? R : kDirect), P, T>;
-  static constexpr Direct directs[] = {at_most<1>, at_most<2>, at_most<3>,
-                                       at_most<4>};
-};
-template <int P, bool T>
-constexpr Direct Decoder<P, T>::directs[];
-
 template <int P>
 Decode decode_of(bool table) {
   return table ? decode<P, true> : decode<P, false>;
 }
-template <int P>
-Direct direct_of(bool table, int64_t rows) {
-  return table ? Decoder<P, true>::directs[rows - 1]
-               : Decoder<P, false>::directs[rows - 1];
-}
-
 }  // namespace
 }  // namespace quantlab
