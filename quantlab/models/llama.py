@@ -53,7 +53,7 @@ class Config:
 STORIES260K = Config()
 
 
-# Keys and values (b, length, kv_heads, d) of each block; stacked when scanned.
+# Keys and values (b, kv_heads, length, d) of each block; stacked when scanned.
 Cache = Sequence[Mapping[str, jax.Array]] | Mapping[str, jax.Array]
 
 
@@ -79,12 +79,22 @@ def _queries_keys_values(p: Mapping[str, Any], x: jax.Array, angles, c):
   return q, k, layers.split_heads(x @ p['wv'], c.kv_heads)
 
 
-def _attention(p: Mapping[str, Any], q, k, v, mask: jax.Array, c) -> jax.Array:
+def _attend(q, k, v, mask: jax.Array) -> jax.Array:
+  """Queries (b, t, heads, d), keys and values (b, s, kv_heads, d)."""
   # Every group of query heads shares one key and value head.
-  share = c.heads // c.kv_heads
+  share = q.shape[2] // k.shape[2]
   k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
-  x = layers.merge_heads(layers.attention(q, k, v, mask))
-  return _sub_norm(p, x, c) @ p['wo']
+  return layers.merge_heads(layers.attention(q, k, v, mask))
+
+
+def _attend_by_head(q, k, v, mask: jax.Array) -> jax.Array:
+  """The same of k and v (b, kv_heads, s, d), which are not copied."""
+  b, t, _, d = q.shape
+  # The query heads of a group are more queries of its one key head.
+  q = q.reshape(b, t, k.shape[1], -1, d)
+  scores = jnp.einsum('btghd,bgsd->bghts', q, k) / d**0.5
+  weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+  return jnp.einsum('bghts,bgsd->btghd', weights, v).reshape(b, t, -1)
 
 
 def _mlp(p: Mapping[str, Any], x: jax.Array, c: Config) -> jax.Array:
@@ -105,7 +115,7 @@ def block(
   angles: jax.Array,
   mask: jax.Array,
   config: Config,
-  extend: Callable = lambda k, v: (k, v, None),
+  attend: Callable | None = None,
 ) -> tuple[jax.Array, Any]:
   """Attention and MLP, each with its norm and beside the stream x (b, t, dim).
 
@@ -115,13 +125,13 @@ def block(
     angles: see `rope_angles`.
     mask: boolean, broadcastable to (b, heads, t, s).
     config: sizes.
-    extend: `(k, v) -> (k, v, kept)`: the keys and values to attend to, and
-      what to return beside the stream.
+    attend: `(q, k, v) -> (mixed, kept)`: the mixed values (b, t, dim), and
+      what to return beside the stream; None attends to these positions.
   """
   y = layers.rms_norm(p['attention_norm'], x, epsilon=config.epsilon)
   q, k, v = _queries_keys_values(p['attention'], y, angles, config)
-  k, v, kept = extend(k, v)
-  x = x + _attention(p['attention'], q, k, v, mask, config)
+  mixed, kept = attend(q, k, v) if attend else (_attend(q, k, v, mask), None)
+  x = x + _sub_norm(p['attention'], mixed, config) @ p['attention']['wo']
   y = layers.rms_norm(p['mlp_norm'], x, epsilon=config.epsilon)
   return x + _mlp(p['mlp'], y, config), kept
 
@@ -164,7 +174,7 @@ def empty_cache(
 ) -> Cache:
   """Room for the keys and values of `length` positions."""
   d = config.dim // config.heads
-  zeros = jnp.zeros((batch, length, config.kv_heads, d), dtype)
+  zeros = jnp.zeros((batch, config.kv_heads, length, d), dtype)
   if config.scanned:
     zeros = jnp.zeros((config.blocks, *zeros.shape), dtype)
     return {'k': zeros, 'v': zeros}
@@ -191,21 +201,25 @@ def step(
     Logits (b, t, vocab), and the cache with these positions.
   """
   t = tokens.shape[1]
-  length = jax.tree.leaves(cache)[0].shape[-3]
+  length = jax.tree.leaves(cache)[0].shape[-2]
   angles = rope_angles(t, config.dim // config.heads, config.theta, position)
   mask = jnp.arange(length) <= position + jnp.arange(t)[:, None]
 
   def run(p, x, past):
-    def extend(k, v):
+    def attend(q, k, v):
       now = {
         name: lax.dynamic_update_slice_in_dim(
-          past[name], new.astype(past[name].dtype), position, axis=1
+          past[name],
+          new.astype(past[name].dtype).swapaxes(1, 2),
+          position,
+          axis=2,
         )
         for name, new in (('k', k), ('v', v))
       }
-      return now['k'].astype(x.dtype), now['v'].astype(x.dtype), now
+      keys, values = now['k'].astype(x.dtype), now['v'].astype(x.dtype)
+      return _attend_by_head(q, keys, values, mask), now
 
-    return block(p, x, angles, mask, config, extend)
+    return block(p, x, angles, mask, config, attend)
 
   x = params['embed']['embedding'][tokens]
   x, grown = through(run, params['blocks'], x, cache)
