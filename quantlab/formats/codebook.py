@@ -1,4 +1,4 @@
-"""Formats given by a table: NF4, powers of two, learned codebooks."""
+"""Formats given by a table: NF4, dynamic, powers of two, learned codebooks."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ class Codebook(base.Format):
   def encode(
     self, x: Float[Array, '*s'], table: Array | None = None
   ) -> base.Codes:
+    if table is None and self.bits > 4:
+      # Bisection: 255 comparisons an element were 46 times slower on a CPU.
+      cuts = jnp.asarray(_cuts(tuple(self._entries().tolist())))
+      code = jnp.searchsorted(cuts, x, side='left', method='scan_unrolled')
+      return code.astype(jnp.uint8)
     above = x[None] > self._thresholds(x, table)
     return jnp.sum(above, axis=0, dtype=jnp.uint8)
 
@@ -150,6 +155,28 @@ def _spaced(n: int) -> np.ndarray:
   return np.where(i < n // 2, a + step * i, b - step * (np.float32(n - 1) - i))
 
 
+def _dynamic(signed: bool) -> tuple[float, ...]:
+  """Dynamic tree quantization: a decimal exponent, then a linear fraction.
+
+  Leading zeros count decades below one, the bits after the first one are a
+  fraction that divides [0.1, 1] evenly; a value is the middle of its part.
+  The unsigned type spends the sign bit on a further bit of fraction. The two
+  patterns left over stand for 0 and 1, so that the largest magnitude of a
+  block is exact.
+
+  References:
+    8-bit optimizers, arXiv 2110.02861, sections 1.3 and 2.2.
+  """
+  positive = []
+  for decade in range(7):
+    n = 2 ** (6 - decade + (not signed))
+    middle = 0.1 + 0.9 * (np.arange(n) + 0.5) / n
+    positive += list(middle / 10.0**decade)
+  negative = [-v for v in positive] if signed else []
+  table = np.asarray(sorted([*negative, 0.0, *positive, 1.0]), np.float32)
+  return tuple(table.tolist())
+
+
 def pow2(bits: int = 4) -> minifloat.Minifloat:
   """Signed powers of two and zero: {0, +-2^-(2^(b-1) - 2), .., +-1/2, +-1}.
 
@@ -174,6 +201,8 @@ def codebook(bits: int = 4) -> Codebook:
 
 
 NF4 = base.register(Codebook('nf4', 4, _normal_float_4()))
+DYNAMIC8 = base.register(Codebook('dynamic8', 8, _dynamic(signed=True)))
+UDYNAMIC8 = base.register(Codebook('udynamic8', 8, _dynamic(signed=False)))
 for _bits in range(1, 9):
   base.register(codebook(_bits))
 for _bits in range(2, 8):

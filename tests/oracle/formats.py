@@ -6,6 +6,7 @@ Nothing here calls quantlab or JAX. `table(name)` lists the value of each code;
 
 import functools
 import re
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -71,6 +72,26 @@ def odd_bits(name):
   return int(found[1]) if found else 0
 
 
+def dynamic(code, signed):
+  """Value of a bit pattern of dynamic tree quantization, exactly.
+
+  Bit by bit as drawn in arXiv 2110.02861, figure 2: a sign (signed) or a last
+  bit that belongs to the fraction (unsigned), and seven bits of which the
+  zeros in front count decades, the first one ends them, the rest is fraction.
+  """
+  bits = f'{code:08b}'
+  sign = Fraction(-1 if signed and bits[0] == '1' else 1)
+  tree, last = (bits[1:], '') if signed else (bits[:7], bits[7])
+  if '1' not in tree:  # what would be -0, or a second 0, stands for 1
+    return Fraction(1) if (bits[0] if signed else last) == '1' else Fraction(0)
+  decades = tree.index('1')
+  fraction = tree[decades + 1 :] + last
+  parts = 2 ** len(fraction)
+  middle = Fraction(int(fraction or '0', 2)) + Fraction(1, 2)
+  inside = Fraction(1, 10) + Fraction(9, 10) * middle / parts
+  return sign * inside / 10**decades
+
+
 @functools.cache
 def table(name):
   """Value of every code; NaN and infinities where the format has them."""
@@ -86,6 +107,9 @@ def table(name):
     return np.arange(1.0 - 2**bits, 2**bits, 2)
   if name == 'nf4':
     return np.asarray(NF4, np.float32).astype(np.float64)
+  if name in ('dynamic8', 'udynamic8'):  # codes are numbered as values rise
+    exact = sorted(dynamic(c, name == 'dynamic8') for c in range(256))
+    return np.array([np.float32(float(v)) for v in exact], np.float64)
   if found := re.fullmatch(r'pow2_(\d+)', name):
     half = 2 ** (int(found[1]) - 1)
     positive = [0.0, *(2.0 ** (i - half + 1) for i in range(1, half))]
