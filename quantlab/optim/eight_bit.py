@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from quantlab import core
+from quantlab import core, formats
 from quantlab.core import Layout, QTensor, Quantizer, is_qtensor
 
 # What the fields of the optimizers' states hold: 'signed' and 'unsigned'
@@ -107,7 +107,9 @@ def eight_bit(
 
   def update(updates, state, params=None, **extra):
     state = jax.tree.map(
-      lambda x: x.dequantize() if is_qtensor(x) else x, state, is_leaf=is_qtensor
+      lambda x: x.dequantize() if is_qtensor(x) else x,
+      state,
+      is_leaf=is_qtensor,
     )
     updates, state = optimizer.update(updates, state, params, **extra)
     return updates, _visit(state, store, fields)
@@ -130,7 +132,7 @@ def _stored(x: jax.Array, kind: str, block: int) -> QTensor:
     axes += 1
   split = x.ndim - axes
   layout = Layout.of(x.shape, range(split, x.ndim), range(split))
-  quantizer = Quantizer(_FORMATS[kind], group=block, ragged=True)
+  quantizer = Quantizer(formats.get(_FORMATS[kind]), group=block, ragged=True)
   canonical = layout.to_canonical(x)
   qparams = core.fit(canonical, quantizer)
   codes = core.encode(canonical, quantizer, qparams)

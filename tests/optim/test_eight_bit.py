@@ -216,7 +216,9 @@ def losses(optimizer):
     (params, _), _ = jax.lax.scan(step, start, jax.random.split(key, 200))
     return loss(params, jnp.asarray(test_x), jnp.asarray(test_y))
 
-  return np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(0), SEEDS)))
+  return np.asarray(
+    jax.lax.map(one, jax.random.split(jax.random.key(0), SEEDS))
+  )
 
 
 def test_trains_like_32_bits():
