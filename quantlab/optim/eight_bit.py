@@ -38,7 +38,7 @@ FIELDS: Mapping[str, str] = {
     ('z', 'x0', 'params', 'params0', 'init_params', 'cache', 'latents'),
     'float',
   ),
-  **dict.fromkeys(('slow', 'hyperparams', 'step_sizes'), 'float'),
+  **dict.fromkeys(('slow', 'hyperparams', 'step_sizes', 'qparams'), 'float'),
 }
 _FORMATS = {'signed': 'dynamic8', 'unsigned': 'udynamic8'}
 _KINDS = (*_FORMATS, 'float')
