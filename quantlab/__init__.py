@@ -61,7 +61,9 @@ from quantlab.ptq import ptq as ptq
 from quantlab.ptq import rotate as rotate
 from quantlab.ptq import rtn as rtn
 from quantlab.ptq import smooth as smooth
+from quantlab.qat import distill as distill
 from quantlab.qat import estimators as estimators
+from quantlab.qat import learned_points as learned_points
 from quantlab.qat import qat as qat
 from quantlab.qat import set_leaves as set_leaves
 from quantlab.quality import compare as compare

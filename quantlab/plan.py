@@ -100,13 +100,19 @@ class SitePlan:
     return cls(**fields)
 
 
-# Leaves of a role that training learns, and those that say how it is done.
-LEARNED = ('step', 'offset', 'alpha')
+# Leaves of sites that training learns, and their label (see `Plan.labels`).
+TRAINABLE = {
+  **dict.fromkeys(('step', 'offset', 'alpha', 'points'), 'step'),
+  **dict.fromkeys(('a', 'b'), 'adapter'),
+}
+LEARNED = tuple(k for k, label in TRAINABLE.items() if label == 'step')
+ADAPTER = ('a', 'b', 'scale')
 # What the state of a site may hold: fields by role, None where it is no dict.
 _FIELDS = ('bits', *QParams._fields, 'lo', 'hi', 'strength', *LEARNED)
 STATE: dict[str, tuple[str, ...] | None] = {
   **dict.fromkeys(('weight', 'input', 'output', 'lhs', 'rhs'), _FIELDS),
   **dict.fromkeys(('effective', 'fold', 'transform', 'bias')),
+  'adapter': ADAPTER,
 }
 
 
@@ -173,12 +179,15 @@ class Plan:
   def labels(self, variables: Mapping[str, Any]) -> dict[str, Any]:
     """What each leaf of the variables is to training.
 
-    'weight' for floating-point parameters, 'step' for the leaves of sites
-    that are learned (`LEARNED`), 'state' for everything else; of the structure
-    of the variables, for `optax.multi_transform`.
+    'weight' for floating-point parameters, 'step' for the ranges and tables
+    that sites learn, 'adapter' for the matrices of `ql.lora` (`TRAINABLE`),
+    'state' for everything else, codes and their scales included; of the
+    structure of the variables, for `optax.multi_transform`.
     """
 
     def weight(leaf):
+      if isinstance(leaf, QTensor):
+        return jax.tree.map(lambda _: 'state', leaf)
       floating = hasattr(leaf, 'dtype') and jnp.issubdtype(
         leaf.dtype, jnp.floating
       )
@@ -186,7 +195,7 @@ class Plan:
 
     def site(path, _):
       named = getattr(path[-1], 'key', None)
-      return 'step' if named in LEARNED else 'state'
+      return TRAINABLE.get(named, 'state')
 
     rest = {
       k: jax.tree.map(lambda _: 'state', v)
@@ -194,7 +203,9 @@ class Plan:
       if k not in ('weights', 'sites')
     }
     return {
-      'weights': jax.tree.map(weight, variables['weights']),
+      'weights': jax.tree.map(
+        weight, variables['weights'], is_leaf=core.is_qtensor
+      ),
       'sites': jax.tree_util.tree_map_with_path(site, variables['sites']),
       **rest,
     }
