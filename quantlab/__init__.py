@@ -61,11 +61,14 @@ from quantlab.ptq import ptq as ptq
 from quantlab.ptq import rotate as rotate
 from quantlab.ptq import rtn as rtn
 from quantlab.ptq import smooth as smooth
+from quantlab.qat import adapters as adapters
 from quantlab.qat import distill as distill
 from quantlab.qat import estimators as estimators
 from quantlab.qat import learned_points as learned_points
+from quantlab.qat import lora as lora
 from quantlab.qat import qat as qat
 from quantlab.qat import set_leaves as set_leaves
+from quantlab.qat import with_adapters as with_adapters
 from quantlab.quality import compare as compare
 from quantlab.quality import evaluate as evaluate
 from quantlab.recipe import optional as optional

@@ -110,6 +110,14 @@ def _shifted(site, out, state):
   return out
 
 
+def _adapted(site, lhs, rhs, out, state):
+  """The product with that of its adapter added."""
+  if 'adapter' not in state:
+    return out
+  x = lhs if site.side == 'rhs' else rhs
+  return ops.add_adapter(out, x, site.dims, site.weight_shape, state['adapter'])
+
+
 def _output(site, rule, out, state, simulate):
   """The product with its shift added, quantized if the rule says so."""
   out = _shifted(site, out, state)
@@ -143,7 +151,8 @@ def as_seen(plan: Plan, site: Any, x: Any, state: Mapping[str, Any]) -> Any:
 
 def computing(site, lhs, rhs, default, state):
   """The float product, with what is folded into it."""
-  return _shifted(site, default(lhs, rhs), state), None
+  out = _adapted(site, lhs, rhs, default(lhs, rhs), state)
+  return _shifted(site, out, state), None
 
 
 def simulating(
@@ -170,6 +179,7 @@ def simulating(
           site, role, operands[operand], quantizer, state, simulate
         )
     out = default(operands['lhs'], operands['rhs'])
+    out = _adapted(site, lhs, rhs, out, state)
     return _output(site, rule, out, state, simulate), None
 
   return handler
@@ -188,6 +198,7 @@ def deploying(plan: Plan | None, *, integer: bool = True) -> rewrite.Handler:
     known_site = plan.sites.get(site.id) if plan is not None else None
     rule = known_site.rule if known_site is not None else None
     out = _product(rule, site, lhs, rhs, default, state, integer)
+    out = _adapted(site, lhs, rhs, out, state)
     return _output(site, rule, out, state, straight_through), None
 
   return handler

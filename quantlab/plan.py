@@ -194,7 +194,7 @@ class Plan:
       return 'weight' if floating else 'state'
 
     def site(path, _):
-      named = getattr(path[-1], 'key', None)
+      named = str(getattr(path[-1], 'key', None))
       return TRAINABLE.get(named, 'state')
 
     rest = {

@@ -99,7 +99,11 @@ def _check_effective(plan, traced, state):
 
 
 def quantized(
-  apply: Callable, plan: Plan | None = None, *, strict: bool | None = None
+  apply: Callable,
+  plan: Plan | None = None,
+  *,
+  strict: bool | None = None,
+  integer: bool = True,
 ) -> Callable:
   """`apply` on quantized variables.
 
@@ -110,12 +114,14 @@ def quantized(
     strict: a QTensor that reaches an operation without a rule is an error;
       False dequantizes it there, with a warning. By default as the plan says,
       and strict without one.
+    integer: False computes what low-bit products compute on floats:
+      differentiable, straight through what is rounded.
 
   Returns:
     A function of `(variables, *args, **kwargs)`, where variables may be a
     plain parameter tree with QTensor leaves. Wrap it in `jax.jit`.
   """
-  handler = handlers.deploying(plan)
+  handler = handlers.deploying(plan, integer=integer)
 
   def evaluate(traced, leaves, inputs, state):
     if plan is not None:
@@ -282,7 +288,9 @@ def _chosen(plan: Plan | None, state: Mapping[str, Any]) -> frozenset[str]:
 def adjusted(state: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
   """Sites whose state changes what they compute, quantized or not."""
   return frozenset(
-    k for k, roles in state.items() if {'transform', 'bias'} & set(roles)
+    k
+    for k, roles in state.items()
+    if {'transform', 'bias', 'adapter'} & set(roles)
   )
 
 

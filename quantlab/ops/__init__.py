@@ -6,6 +6,7 @@ from quantlab.ops.activation import (
 )
 from quantlab.ops.activation import on_units as on_units
 from quantlab.ops.activation import sharing as sharing
+from quantlab.ops.adjust import add_adapter as add_adapter
 from quantlab.ops.adjust import add_bias as add_bias
 from quantlab.ops.adjust import adjust_input as adjust_input
 from quantlab.ops.dims import ConvDims as ConvDims

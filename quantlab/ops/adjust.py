@@ -6,19 +6,22 @@ State of a site, where nothing could take the transform in:
               the Kronecker product of `rotation`'s matrices on the last
               channels; any of them may be absent.
   bias        added to the product, by output channel.
+  adapter     (x a) b scale added to the product, of low rank; see `ql.lora`.
 
-The weight holds the inverse, so that the product is what it was.
+The weight holds the inverse, so that the product is what it was; not so of an
+adapter, which changes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import quantlab_kernels as kernels
+from quantlab.core import QTensor
 from quantlab.ops.dims import ConvDims, Dims, DotDims
 
 TRANSFORM = ('shift', 'gain', 'signs', 'rotation')
@@ -73,6 +76,33 @@ def add_bias(out: jax.Array, dims: Dims, bias: jax.Array) -> jax.Array:
   if not isinstance(dims, DotDims):
     raise TypeError('a lookup or a ragged product takes no bias')
   return out + dims.out_vector(bias, out.shape)
+
+
+def add_adapter(
+  out: jax.Array,
+  x: jax.Array,
+  dims: Dims,
+  shape: Sequence[int],
+  adapter: Mapping[str, Any],
+) -> jax.Array:
+  """A product with that of two thin matrices added.
+
+  Args:
+    out: the product.
+    x: the activation, in the axes of the traced product.
+    dims: roles of the product's axes.
+    shape: of the weight operand.
+    adapter: 'a' (batch..., K, r), 'b' (batch..., r, N), arrays or codes, and
+      'scale' (batch..., 1, 1), a constant to the gradient.
+  """
+  if not isinstance(dims, DotDims):
+    raise TypeError('a convolution, lookup or ragged product takes no adapter')
+  a, b = (
+    m.dequantize() if isinstance(m, QTensor) else m
+    for m in (adapter['a'], adapter['b'])
+  )
+  y = (dims.x_matrix(x) @ a) @ b * jax.lax.stop_gradient(adapter['scale'])
+  return out + dims.out_restore(y, x.shape, shape).astype(out.dtype)
 
 
 def _channels_last(x, dims):

@@ -17,7 +17,7 @@ from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
 
 # What a transform left to be done at run time goes on being done.
-KEPT = ('transform', 'bias')
+KEPT = ('transform', 'bias', 'adapter')
 
 
 class Tracing:
