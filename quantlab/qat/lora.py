@@ -38,7 +38,8 @@ class Lora(NamedTuple):
   Attributes:
     init: `(key, params) -> variables`, those of the model with adapters.
     apply: `(variables, *args, **kwargs) -> outputs`, differentiable.
-    freeze: `variables -> Quantized`, with low-bit products and adapters.
+    freeze: `(variables, *args, **kwargs) -> Quantized`, with low-bit products
+      and adapters; the arguments are not read (`QAT.freeze` may need them).
     merge: `(variables, *, requantize=False)`: float parameters in the user's
       structure, or a `Quantized` of the same plan, without adapters.
   """
@@ -118,7 +119,8 @@ def lora(
       variables = with_adapters(variables, rounded)
     return run(variables, *args, **kwargs)
 
-  def freeze(variables: Mapping[str, Any]) -> Quantized:
+  def freeze(variables: Mapping[str, Any], *args, **kwargs) -> Quantized:
+    del args, kwargs
     if quantizer:
       stored = jax.tree.map(
         functools.partial(low_bit.store, quantizer=quantizer),
