@@ -39,7 +39,7 @@ def test_sam_steps_from_the_worst_point_nearby():
   sam = optax.contrib.sam(
     optax.sgd(rate), adversary, sync_period=2, opaque_mode=True
   )
-  gradient = jax.grad(loss)
+  gradient = jax.jit(jax.grad(loss))
 
   @jax.jit
   def step(variables, state):
@@ -55,6 +55,7 @@ def test_sam_steps_from_the_worst_point_nearby():
   want = jax.tree.map(lambda v, d: v - rate * d, variables, gradient(worst))
   for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+  loss = jax.jit(loss)
   before = loss(variables)
   for _ in range(20):
     new, state = step(new, state)
@@ -87,6 +88,7 @@ def test_8_bit_moments_by_label():
     q for q in jax.tree.leaves(state, is_leaf=is_qtensor) if is_qtensor(q)
   ]
   assert [q.shape for q in coded] == [(32, 64), (32, 64)]
+  loss = jax.jit(loss)
   before, trained = loss(variables), variables
   for _ in range(60):
     trained, state = step(trained, state)

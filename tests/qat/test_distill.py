@@ -78,10 +78,11 @@ def test_zero_where_equal_and_no_gradient_to_the_teacher(name):
   s, t = logits(5)
   loss = LOSSES[name]
   same = jnp.round(s) if 'ties' in name else s
-  value, grads = jax.value_and_grad(loss, (0, 1))(same, same)
+  run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  value, grads = run(same, same)
   assert abs(value) < 1e-6
   assert np.abs(grads[0]).max() < 1e-6
-  value, (ds, dt) = jax.jit(jax.value_and_grad(loss, (0, 1)))(s, t)
+  value, (ds, dt) = run(s, t)
   assert value > 0.01
   assert np.abs(ds).max() > 1e-4
   assert not np.any(dt)
@@ -91,7 +92,8 @@ def test_zero_where_equal_and_no_gradient_to_the_teacher(name):
 def test_masked_logits_have_finite_gradients(name):
   s, t = logits(6)
   masked = np.where(np.arange(7) < 2, -np.inf, 0).astype(np.float32)
-  value, grad = jax.value_and_grad(LOSSES[name])(s + masked, t + masked)
+  run = jax.jit(jax.value_and_grad(LOSSES[name]))
+  value, grad = run(s + masked, t + masked)
   without = LOSSES[name](s[..., 2:], t[..., 2:])
   np.testing.assert_allclose(value, without, rtol=1e-5)
   assert np.isfinite(grad).all()
@@ -193,7 +195,8 @@ def test_learned_points_serve_the_loss_better_than_fitted_ones():
   for _ in range(150):
     trained, state = step(trained, state)
   np.testing.assert_array_equal(trained['weights']['a'], params['a'])
-  fitted, learned = loss(variables, held), loss(trained, held)
+  judge = jax.jit(loss)
+  fitted, learned = judge(variables, held), judge(trained, held)
   uniform = ql.qat(
     apply,
     ql.plan(apply, params, {'.': ql.int2(scale=ql.scales.mse())}, x),

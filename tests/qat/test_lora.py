@@ -74,17 +74,20 @@ def dense(model):
   )
 
 
-@pytest.mark.parametrize('base', ['w4a16', 'nf4', 'w4a8'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  ('case', 'base'),
+  [('scan', 'w4a16'), ('mlp', 'nf4'), ('scan', 'w4a8'), ('mlp', 'w4a8')],
+)
 def test_the_product_has_ab_added(case, base):
   apply, _, _ = CASES[case]
   model, adapted, variables, x = setup(case, base)
+  run = jax.jit(adapted.apply)
   np.testing.assert_allclose(  # B is zero to begin with
-    adapted.apply(variables, x), model.apply(model.params, x), atol=2e-4
+    run(variables, x), model.apply(model.params, x), atol=2e-4
   )
   new = random_adapters(variables)
   variables = ql.with_adapters(variables, new)
-  got = jax.jit(adapted.apply)(variables, x)
+  got = run(variables, x)
   frozen = adapted.freeze(variables)
   np.testing.assert_allclose(
     frozen.apply(frozen.params, x), got, rtol=0, atol=2e-3
@@ -97,7 +100,7 @@ def test_the_product_has_ab_added(case, base):
     np.testing.assert_allclose(apply(merged, x), want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', ['scan'])
 def test_gradients_are_those_of_the_dequantized_model(case):
   apply, _, _ = CASES[case]
   model, adapted, variables, x = setup(case, 'nf4')
@@ -114,7 +117,7 @@ def test_gradients_are_those_of_the_dequantized_model(case):
     }
     return jnp.sum(jnp.sin(apply(p, x)))
 
-  got, want = jax.jit(jax.grad(loss))(new), jax.grad(float_loss)(new)
+  got, want = (jax.jit(jax.grad(f))(new) for f in (loss, float_loss))
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * np.abs(b).max())
 
@@ -181,9 +184,9 @@ def test_gaussian_levels():
       assert error(best) < error(other)
 
 
-@pytest.mark.parametrize('bits', [1, 2])
-def test_low_bit_adapters(bits, tmp_path):
+def test_low_bit_adapters(tmp_path):
   """Codes of each matrix by NumPy; trained is frozen is saved."""
+  bits = 2
   _, adapted, variables, x = setup('scan', 'w4a16', '^/layers', bits=bits)
   assert np.abs(variables['sites']['layers']['adapter']['b']).min() > 0
   variables = ql.with_adapters(variables, random_adapters(variables, 4))
