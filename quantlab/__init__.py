@@ -1,6 +1,7 @@
 """Quantization of JAX programs: `import quantlab as ql`."""
 
 import quantlab_kernels as kernels  # noqa: F401 (ql.kernels)
+from quantlab import cost as cost
 from quantlab import optim as optim
 from quantlab.core import QTensor as QTensor
 from quantlab.core import Quantizer as Quantizer

@@ -1,0 +1,122 @@
+"""Latency of a plan: measured, from a table, or bounded, from a roofline."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from quantlab.core import Quantizer
+from quantlab.cost import storage
+from quantlab.plan import Plan, SitePlan
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyTable:
+  """Seconds of products by what decides them, measured on one device.
+
+  Attributes:
+    device: where they were measured.
+    seconds: by key, see `key`.
+  """
+
+  device: str
+  seconds: Mapping[str, float]
+
+  def __post_init__(self):
+    wrong = {
+      k: v for k, v in self.seconds.items() if not (math.isfinite(v) and v >= 0)
+    }
+    if wrong:
+      raise ValueError(
+        f'seconds of {self.device!r} must be finite and not negative, found '
+        f'{wrong}'
+      )
+
+  @staticmethod
+  def key(site: SitePlan) -> str:
+    """What decides the time of a site: 'dot 8x64x10 int4 per channel, ...'.
+
+    Rows x contraction x outputs (all batch axes multiplied into the rows),
+    then the quantizers of both operands.
+    """
+    rule = site.rule
+    first = rule and (rule.weight or rule.lhs)
+    second = rule and (rule.input or rule.rhs)
+    loops = math.prod(site.loops)
+    if site.matrix:
+      k, n = site.matrix[-2:]
+    else:
+      k = n = 1
+    rows = site.macs // max(1, loops * k * n)
+    return f'{site.kind} {rows}x{k}x{n} {_name(first)} x {_name(second)}'
+
+  def __call__(self, plan: Plan) -> dict[str, float]:
+    """Seconds of every site with a product, loops included, by site id.
+
+    Raises:
+      ValueError: lists the keys that were not measured.
+    """
+    sites = {k: s for k, s in plan.sites.items() if s.macs}
+    missing = {self.key(s) for s in sites.values()} - set(self.seconds)
+    if missing:
+      raise ValueError(
+        f'the latency table of {self.device!r} lacks {sorted(missing)}; '
+        'measure these products and add them'
+      )
+    found = dict.fromkeys(plan.sites, 0.0)
+    for name, site in sites.items():
+      found[name] = math.prod(site.loops) * self.seconds[self.key(site)]
+    return found
+
+  def to_json(self) -> dict[str, Any]:
+    return {'device': self.device, 'seconds': dict(self.seconds)}
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> LatencyTable:
+    return cls(data['device'], dict(data['seconds']))
+
+
+def roofline(
+  plan: Plan,
+  *,
+  macs_per_second: Mapping[str, float],
+  bytes_per_second: float,
+) -> dict[str, float]:
+  """Seconds that each site needs at least: compute or weights, the larger.
+
+    t = max(MACs / peak, bytes of the weight / bandwidth)
+
+  Args:
+    plan: the plan.
+    macs_per_second: peak of each way of computing that the plan has (the
+      `compute` of its sites, such as 'float').
+    bytes_per_second: bandwidth of the memory that holds the weights.
+
+  Raises:
+    ValueError: a way of computing without a peak.
+  """
+  sites = {k: s for k, s in plan.sites.items() if s.macs}
+  missing = {s.compute for s in sites.values()} - set(macs_per_second)
+  if missing:
+    raise ValueError(
+      f'the plan computes products as {sorted(missing)}, for which '
+      f'macs_per_second has no peak; it has {sorted(macs_per_second)}'
+    )
+  stored = storage.nbytes(plan)
+  found = {k: size / bytes_per_second for k, size in stored.items()}
+  for name, site in sites.items():
+    compute = site.macs / macs_per_second[site.compute]
+    found[name] = max(found[name], compute)
+  return found
+
+
+def _name(quantizer: Quantizer | None) -> str:
+  """The part of a quantizer that a kernel's speed depends on."""
+  if quantizer is None:
+    return 'float'
+  q = quantizer
+  unit = q.per or (f'group {q.group}' if q.group else f'block {q.block}')
+  zero = '' if q.symmetric else ' asymmetric'
+  return f'{q.format.name} per {unit}{zero}'
