@@ -79,6 +79,7 @@ from quantlab.recipe import rule as rule
 from quantlab.rewrites import fake_quantized as fake_quantized
 from quantlab.rewrites import observe as observe
 from quantlab.rewrites import quantized as quantized
+from quantlab.search import allocate as allocate
 from quantlab.sqnr import site_sqnr as site_sqnr
 
 __all__ = [name for name in dir() if not name.startswith('_')]

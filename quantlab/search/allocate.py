@@ -1,0 +1,220 @@
+"""`allocate`: one option for each row, within budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quantlab.recipe import Recipe, Rule
+from quantlab.search import baselines, knapsack, milp, quadratic
+from quantlab.search.table import Table, check_name
+
+METHODS = ('dp', 'milp', 'quadratic', 'greedy', 'random')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Allocation:
+  """One option for each row of a table.
+
+  Attributes:
+    table: the table, its rows tied as they were decided.
+    choice: the option of each row.
+    method: how it was found.
+    budgets: the limits it had to meet.
+  """
+
+  table: Table
+  choice: tuple[int, ...]
+  method: str
+  budgets: Mapping[str, float]
+
+  @property
+  def value(self) -> float:
+    """The predicted value."""
+    return self.table.predict(self.choice)
+
+  @property
+  def costs(self) -> dict[str, float]:
+    """Whole costs, what is not decided included."""
+    return {n: self.table.cost(self.choice, n) for n in self.table.costs}
+
+  @property
+  def options(self) -> dict[str, str]:
+    """The chosen option of each row, by name."""
+    return self.table.labels(self.choice)
+
+  @property
+  def rules(self) -> dict[str, Rule | None]:
+    """The chosen rule of each site, by id."""
+    if not all(r.rules for r in self.table.rows):
+      raise ValueError(
+        'the table is of no program: its options have names and no rules, so '
+        'that nothing can be quantized by them'
+      )
+    return {
+      site: row.rules[k]
+      for row, k in zip(self.table.rows, self.choice, strict=True)
+      for site in row.sites
+    }
+
+  @property
+  def recipe(self) -> Recipe:
+    """What `ql.ptq` and `ql.plan` take: a rule for each site, by its id."""
+    return Recipe(
+      tuple(
+        (f'site:^{re.escape(site)}$', rule, False)
+        for site, rule in self.rules.items()
+      )
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    """The choice with the table it was made from."""
+    return {
+      'table': self.table.to_json(),
+      'choice': list(self.choice),
+      'method': self.method,
+      'budgets': dict(self.budgets),
+    }
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> Allocation:
+    return cls(
+      Table.from_json(data['table']),
+      tuple(data['choice']),
+      data['method'],
+      dict(data['budgets']),
+    )
+
+  def __repr__(self) -> str:
+    costs = ', '.join(f'{k} {v:,.6g}' for k, v in self.costs.items())
+    return f'Allocation({self.method}, {self.value:.5g}, {costs})'
+
+
+def allocate(
+  table: Table,
+  budget: Mapping[str, float] | float,
+  method: str | None = None,
+  *,
+  ties: Iterable[Sequence[str]] = (),
+  seed: int = 0,
+) -> Allocation:
+  """The options of least predicted value within budgets.
+
+  Args:
+    table: what `ql.sensitivity` measured.
+    budget: limits of whole costs by name; a number is the limit of 'bytes'.
+    method: 'dp' exact, one budget (the default there); 'milp' exact, several
+      budgets (the default there); 'quadratic' with the table's interactions;
+      'greedy' and 'random' as baselines.
+    ties: groups of rows or sites that take one option.
+    seed: of 'random'.
+
+  Raises:
+    ValueError: an unknown method or cost, a budget below the smallest
+      reachable cost (which is named), tied rows of different options, a row
+      all of whose options failed (NaN).
+  """
+  budgets = dict(budget) if isinstance(budget, Mapping) else {'bytes': budget}
+  if not budgets:
+    raise ValueError('allocate needs a budget, such as {"bytes": 50_000}')
+  method = method or ('dp' if len(budgets) == 1 else 'milp')
+  check_name('method', method, METHODS)
+  for name, limit in budgets.items():
+    check_name('cost', name, table.costs)
+    if not isinstance(limit, int | float) or math.isnan(limit):
+      raise ValueError(f'the budget of {name!r} is a number, got {limit!r}')
+  groups = list(ties)
+  table = table.tied(groups) if groups else table
+  limits = _limits(table, budgets)
+  choice = _solve(table, limits, method, seed)
+  return Allocation(table, choice, method, budgets)
+
+
+def pareto(table: Table, cost: str = 'bytes') -> knapsack.Front:
+  """The best value at every cost; costs include what is not decided."""
+  check_name('cost', cost, table.costs)
+  found = knapsack.front(table.values, table.costs[cost])
+  return dataclasses.replace(
+    found, cost=found.cost + table.fixed.get(cost, 0.0)
+  )
+
+
+def _limits(table: Table, budgets: Mapping[str, float]) -> dict[str, float]:
+  """Budgets of the rows alone; refuses those that nothing can meet."""
+  for row, value in zip(table.rows, table.values, strict=True):
+    if not np.isfinite(value).any():
+      raise ValueError(
+        f'every option of row {row.name!r} failed: {row.options} have the '
+        f'values {value.tolist()}'
+      )
+  limits = {}
+  for name, limit in budgets.items():
+    fixed = table.fixed.get(name, 0.0)
+    least = math.fsum(
+      float(c[np.isfinite(v)].min())
+      for c, v in zip(table.costs[name], table.values, strict=True)
+    )
+    if least + fixed > limit + _slack(limit):
+      raise ValueError(
+        f'the budget of {limit:,g} {name} cannot be met: the smallest '
+        f'reachable cost is {least + fixed:,g} ({fixed:,g} of it is not '
+        'decided here)'
+      )
+    limits[name] = limit - fixed + _slack(limit)
+  return limits
+
+
+def _slack(limit: float) -> float:
+  """What rounding may add to a sum of costs."""
+  return 1e-12 * abs(limit) if math.isfinite(limit) else 0.0
+
+
+def _solve(table: Table, limits, method: str, seed: int) -> tuple[int, ...]:
+  values, costs = table.values, table.costs
+  if method == 'milp':
+    return milp.solve(values, costs, limits)
+  if method == 'greedy':
+    return _met(table, limits, baselines.greedy(values, costs, limits))
+  if method == 'random':
+    rng = np.random.default_rng(seed)
+    return _met(table, limits, baselines.random(values, costs, limits, rng))
+  if method == 'dp':
+    if len(limits) > 1:
+      raise ValueError(
+        f"method='dp' takes one budget, got {sorted(limits)}; 'milp' takes "
+        'several'
+      )
+    [(name, limit)] = limits.items()
+    return knapsack.front(values, costs[name]).within(limit)
+  if table.interactions is None:
+    raise ValueError(
+      "method='quadratic' needs interactions, which this table has not; "
+      "ql.sensitivity(..., 'hessian', interactions=True) measures them"
+    )
+  rng = np.random.default_rng(seed)
+  additive = milp.solve if len(limits) > 1 else None
+  starts = [
+    additive(values, costs, limits)
+    if additive
+    else _solve(table, limits, 'dp', seed),
+    baselines.greedy(values, costs, limits),
+    *(baselines.random(values, costs, limits, rng) for _ in range(8)),
+  ]
+  return quadratic.solve(values, table.interactions, costs, limits, starts)
+
+
+def _met(table: Table, limits, choice: tuple[int, ...]) -> tuple[int, ...]:
+  """A heuristic's choice; several budgets may leave it without one."""
+  for name, limit in limits.items():
+    used = table.cost(choice, name) - table.fixed.get(name, 0.0)
+    if used > limit:
+      raise ValueError(
+        f'no choice was found that meets all budgets {sorted(limits)} '
+        f"together; method='milp' decides whether there is one"
+      )
+  return choice

@@ -1,0 +1,325 @@
+"""Allocation: brute force decides what is right."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+import quantlab as ql
+from configs.search import hawq_v3
+from experiments import search_tables
+from quantlab import search
+from quantlab.search import Row, Table, knapsack
+
+
+def table_of(values, costs, **fields):
+  rows = tuple(
+    Row(f'r{i}', tuple(f'o{k}' for k in range(len(v))))
+    for i, v in enumerate(values)
+  )
+  values = tuple(np.asarray(v, float) for v in values)
+  found = {
+    k: tuple(np.asarray(c, float) for c in cs) for k, cs in costs.items()
+  }
+  zero = tuple(np.zeros_like(v) for v in values)
+  return Table(rows, values, zero, found, 'test', '', **fields)
+
+
+def brute(table, budgets):
+  """The least value of all choices within the budgets, or None."""
+  best = None
+  for choice in itertools.product(*(range(len(r.options)) for r in table.rows)):
+    if all(table.cost(choice, n) <= b for n, b in budgets.items()):
+      value = table.predict(choice)
+      best = value if best is None or value < best else best
+  return best
+
+
+def draw(seed, interactions=False):
+  rng = np.random.default_rng(seed)
+  rows = rng.integers(2, 6)
+  sizes = rng.integers(1, 5, rows)
+  whole = bool(rng.integers(2))  # integers make ties of value and of cost
+
+  def column(n):
+    x = rng.normal(size=n) if not whole else rng.integers(-3, 4, n)
+    return x.astype(float)
+
+  values = [column(n) for n in sizes]
+  costs = {
+    'bytes': [rng.integers(1, 9, n) for n in sizes],
+    'bops': [rng.random(n) for n in sizes],
+  }
+  q = None
+  if interactions:
+    n = sizes.sum()
+    q = rng.normal(size=(n, n)) * 0.5
+    q = q + q.T
+    start = np.cumsum([0, *sizes])
+    for a, b in itertools.pairwise(start):
+      q[a:b, a:b] = 0
+  table = table_of(values, costs, interactions=q, fixed={'bytes': 2.0})
+  low = {
+    n: table.fixed.get(n, 0) + sum(map(np.min, c)) for n, c in costs.items()
+  }
+  high = {
+    n: table.fixed.get(n, 0) + sum(map(np.max, c)) for n, c in costs.items()
+  }
+  at = {n: low[n] + rng.random() * (high[n] - low[n]) for n in costs}
+  return table, at
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_dp_milp_and_brute_force_agree(seed):
+  for k in range(10):
+    table, at = draw(10 * seed + k)
+    rng = np.random.default_rng(k)
+    name = ['bytes', 'bops'][k % 2]
+    want = brute(table, {name: at[name]})
+    for method in ('dp', 'milp'):
+      found = ql.allocate(table, {name: at[name]}, method)
+      assert found.value == pytest.approx(want, abs=1e-9)
+      assert found.costs[name] <= at[name] + 1e-9
+    for method in ('greedy', 'random'):
+      found = ql.allocate(table, {name: at[name]}, method, seed=k)
+      assert found.value >= want - 1e-9
+      assert found.costs[name] <= at[name] + 1e-9
+    both = brute(table, at)
+    if both is None:
+      with pytest.raises(ValueError, match='no choice meets all'):
+        ql.allocate(table, at)
+    else:
+      found = ql.allocate(table, at)
+      assert found.method == 'milp'
+      assert found.value == pytest.approx(both, abs=1e-9)
+    tie_ties(table, at, name, rng)
+
+
+def tie_ties(table, at, name, rng):
+  """Tied rows take one option: brute force over the tied choices only."""
+  sizes = [len(r.options) for r in table.rows]
+  pairs = [
+    (i, j)
+    for i, j in itertools.combinations(range(len(sizes)), 2)
+    if sizes[i] == sizes[j]
+  ]
+  if not pairs:
+    return
+  i, j = pairs[rng.integers(len(pairs))]
+  best = None
+  for choice in itertools.product(*map(range, sizes)):
+    if choice[i] == choice[j] and table.cost(choice, name) <= at[name]:
+      value = table.predict(choice)
+      best = value if best is None or value < best else best
+  ties = [(f'r{i}', f'r{j}')]
+  if best is None:
+    with pytest.raises(ValueError, match='smallest reachable cost'):
+      ql.allocate(table, {name: at[name]}, ties=ties)
+    return
+  for method in ('dp', 'milp'):
+    found = ql.allocate(table, {name: at[name]}, method, ties=ties)
+    assert found.value == pytest.approx(best, abs=1e-9)
+
+
+def test_quadratic_finds_the_optimum_of_small_problems():
+  exact = 0
+  for seed in range(60):
+    table, at = draw(seed, interactions=True)
+    want = brute(table, {'bytes': at['bytes']})
+    found = ql.allocate(table, at['bytes'], 'quadratic')
+    assert found.value >= want - 1e-9
+    assert found.costs['bytes'] <= at['bytes'] + 1e-9
+    exact += found.value < want + 1e-9
+  assert exact >= 57
+
+
+def test_ties_keep_the_prediction():
+  table, _ = draw(4, interactions=True)
+  same = table_of(
+    [table.values[0][:1].repeat(2)] * 3,
+    {'bytes': [np.array([1, 2])] * 3},
+    interactions=np.kron(1 - np.eye(3), [[1.0, 0.2], [0.2, 3.0]]),
+  )
+  tied = same.tied([('r0', 'r2')])
+  for a, b in itertools.product(range(2), repeat=2):
+    assert tied.predict((a, b)) == pytest.approx(same.predict((a, b, a)))
+    assert tied.cost((a, b)) == same.cost((a, b, a))
+
+
+def test_the_front_holds_the_optimum_of_every_budget():
+  table, _ = draw(11)
+  front = search.pareto(table)
+  assert front.exact
+  for point in range(len(front)):
+    choice = front.choice(point)
+    assert table.cost(choice) == front.cost[point]
+    assert table.predict(choice) == pytest.approx(front.value[point])
+  for budget in np.arange(front.cost[0], front.cost[-1] + 1):
+    value = table.predict(front.within(budget))
+    assert value == pytest.approx(brute(table, {'bytes': budget}))
+
+
+def test_a_thinned_front_stays_feasible_and_close():
+  rng = np.random.default_rng(0)
+  costs = [np.sort(rng.random(5)) for _ in range(12)]
+  values = [-np.sqrt(c) * rng.random() for c in costs]
+  whole = knapsack.front(tuple(values), tuple(costs))
+  few = knapsack.front(tuple(values), tuple(costs), limit=200)
+  assert whole.exact
+  assert not few.exact
+  assert len(few) <= 200
+  span = whole.value[0] - whole.value[-1]
+  for budget in np.linspace(whole.cost[0], whole.cost[-1], 20):
+    best, choice = whole.within(budget), few.within(budget)
+    cost = sum(c[k] for c, k in zip(costs, choice, strict=True))
+    assert cost <= budget + 1e-12
+    lost = sum(
+      v[a] - v[b] for v, a, b in zip(values, choice, best, strict=True)
+    )
+    assert -1e-12 <= lost < 0.05 * span
+
+
+def test_hawq_v3_reaches_the_published_optimum():
+  """arXiv 2011.10680; the constants of its notebook, ties included."""
+  table = search_tables.from_config(hawq_v3.get_config())
+  budgets = dict(hawq_v3.get_config().budgets)
+  want = {'size': -1.2332, 'bops': -1.0920, 'latency': -1.1050}
+  strings = {
+    'size': '8888888888888884844',
+    'bops': '8884888848884444444',
+    'latency': '8888848848884484844',
+  }
+  ties = hawq_v3.get_config().ties
+  for name, objective in want.items():
+    for method in ('dp', 'milp'):
+      found = ql.allocate(table, {name: budgets[name]}, method, ties=ties)
+      assert found.value == pytest.approx(objective, abs=6e-5)
+      assert found.costs[name] <= budgets[name]
+    chosen = {
+      row.strip(): bits
+      for rows, bits in found.options.items()
+      for row in rows.split('+')
+    }
+    in_order = ''.join(chosen[r.name] for r in table.rows)
+    assert in_order == strings[name]
+  together = ql.allocate(table, budgets, ties=ties)
+  assert all(together.costs[n] <= budgets[n] for n in budgets)
+  assert together.value >= max(want.values()) - 6e-5
+
+
+def test_bisection_is_the_linear_scan_where_quality_is_monotone():
+  rng = np.random.default_rng(3)
+  for _ in range(10):
+    loss = np.sort(rng.random((9, 3)), axis=1)[:, ::-1]
+    table = table_of(list(loss), {'bytes': [np.array([2, 4, 8])] * 9})
+    target = -0.5 * loss[:, 0].sum()
+    calls = []
+
+    def measure(choice, table=table, calls=calls):
+      calls.append(choice)
+      return -table.predict(choice)
+
+    found = search.bisect(table, measure, target)
+    assert found.quality >= target
+    assert found.violations == 0
+    assert len(calls) == len(found.measured) <= 12
+    order = np.argsort(loss[:, 0])
+    count = sum(k == 0 for k in found.choice)
+    assert {i for i, k in enumerate(found.choice) if k == 0} == set(
+      order[:count]
+    )
+    more = [2] * 9
+    for i in order[: count + 1]:
+      more[i] = 0
+    if count < 9:
+      assert measure(tuple(more)) < target
+  with pytest.raises(ValueError, match='out of reach'):
+    search.bisect(table, measure, 1.0)
+
+
+def test_the_augmented_order_looks_at_interactions():
+  values = [[1.0, 0.0], [1.1, 0.0], [1.2, 0.0]]
+  q = np.zeros((6, 6))
+  q[0, 2] = q[2, 0] = 5.0  # the two least sensitive rows harm each other
+  costs = {'bytes': [np.array([1, 2])] * 3}
+
+  def allowed(table):
+    full = table_of(values, costs, interactions=q)
+    found = search.bisect(table, lambda c: -full.predict(c), -2.5)
+    return sum(k == 0 for k in found.choice)
+
+  assert allowed(table_of(values, costs)) == 1
+  assert allowed(table_of(values, costs, interactions=q)) >= 1
+
+
+def test_json_holds_everything():
+  table, at = draw(5, interactions=True)
+  values = (table.values[0].copy(), *table.values[1:])
+  table = table_of(
+    values,
+    {k: list(c) for k, c in table.costs.items()},
+    interactions=table.interactions,
+    model='abc',
+  )
+  found = ql.allocate(table, at['bytes'], 'quadratic')
+  again = type(found).from_json(json.loads(json.dumps(found.to_json())))
+  assert again.choice == found.choice
+  assert again.value == found.value
+  assert again.costs == found.costs
+  assert again.table.to_json() == table.to_json()
+  with pytest.raises(ValueError, match=r"another model: .* 'abc'"):
+    again.table.check_model('def')
+
+
+def test_what_cannot_be_is_said():
+  table, _ = draw(2)
+  least = sum(c.min() for c in table.costs['bytes']) + 2
+  with pytest.raises(
+    ValueError, match=f'smallest reachable cost is {least:g} '
+  ):
+    ql.allocate(table, least - 1)
+  assert ql.allocate(table, least).costs['bytes'] == least
+  with pytest.raises(ValueError, match=r"unknown cost 'size'; known: \['bops"):
+    ql.allocate(table, {'size': 3})
+  with pytest.raises(ValueError, match="unknown method 'ilp'"):
+    ql.allocate(table, 50, 'ilp')
+  with pytest.raises(ValueError, match='needs a budget'):
+    ql.allocate(table, {})
+  with pytest.raises(ValueError, match='takes one budget'):
+    ql.allocate(table, {'bytes': 90, 'bops': 90}, 'dp')
+  with pytest.raises(ValueError, match='needs interactions'):
+    ql.allocate(table, 50, 'quadratic')
+  with pytest.raises(ValueError, match=r"unknown rows \['nothing'\]"):
+    ql.allocate(table, 50, ties=[('r0', 'nothing')])
+  two = table_of([[1, 2], [1, 2, 3]], {'bytes': [[1, 2], [1, 2, 3]]})
+  with pytest.raises(ValueError, match='tied rows need the same options'):
+    ql.allocate(two, 50, ties=[('r0', 'r1')])
+  with pytest.raises(ValueError, match='of no program'):
+    _ = ql.allocate(two, 50).recipe
+  with pytest.raises(ValueError, match='at least one row'):
+    table_of([], {})
+  with pytest.raises(ValueError, match='no options'):
+    Row('r', ())
+  with pytest.raises(ValueError, match='one number for each option'):
+    table_of([[1, 2]], {'bytes': [[1, 2, 3]]})
+
+
+def test_what_failed_is_never_chosen():
+  table = table_of(
+    [[np.nan, 1.0], [0.0, np.nan], [2.0, 1.0]], {'bytes': [[1, 2]] * 3}
+  )
+  for method in ('dp', 'milp', 'greedy', 'random'):
+    assert ql.allocate(table, 6, method).choice[:2] == (1, 0)
+  failed = table_of([[np.nan, np.nan]], {'bytes': [[1, 2]]})
+  with pytest.raises(ValueError, match="every option of row 'r0' failed"):
+    ql.allocate(failed, 6)
+
+
+def test_noise_below_zero_is_floored():
+  table = table_of([[0.5, -0.2, 0.1]], {'bytes': [[1, 2, 3]]})
+  table = Table(
+    table.rows, table.values, (np.array([0.1, 0.1, 0.1]),), table.costs, '', ''
+  )
+  np.testing.assert_array_equal(table.floored().values[0], [0.5, 0, 0.1])
+  np.testing.assert_array_equal(table.floored(3).values[0], [0.5, 0, 0])
