@@ -5,6 +5,15 @@ from quantlab.search.allocate import allocate as allocate
 from quantlab.search.allocate import pareto as pareto
 from quantlab.search.bisection import Bisection as Bisection
 from quantlab.search.bisection import bisect as bisect
+from quantlab.search.distill import batch_norms as batch_norms
+from quantlab.search.distill import distill as distill
 from quantlab.search.knapsack import Front as Front
+from quantlab.search.measure import Measure as Measure
+from quantlab.search.program import Inputs as Inputs
+from quantlab.search.program import Program as Program
+from quantlab.search.sensitivity import METRICS as METRICS
+from quantlab.search.sensitivity import sensitivity as sensitivity
+from quantlab.search.space import Space as Space
+from quantlab.search.space import space as space
 from quantlab.search.table import Row as Row
 from quantlab.search.table import Table as Table

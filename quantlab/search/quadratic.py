@@ -12,7 +12,7 @@ Columns = tuple[np.ndarray, ...]
 
 
 class _Local:
-  """Moves of one or two rows that lower
+  """Moves of one or two rows, as long as one lowers the objective.
 
   sum_l v[l, k_l] + sum_{l < m} q[(l, k_l), (m, k_m)].
   """

@@ -1,0 +1,313 @@
+"""Traces and eigenvalues of the Hessian, operand by operand (HAWQ).
+
+Hutchinson's estimate of the trace takes random signs v: E[v' H v] = tr(H). One
+product of the whole Hessian with signs on all operands gives every block's
+v_l' H_ll v_l: the terms across blocks have mean zero, and add to the spread
+that is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantlab.search import objectives
+from quantlab.search.program import Operand, Program, split
+from quantlab.search.simulate import Shifts, kind
+from quantlab.search.taylor import Expansion
+
+Entries = list[tuple[float, float]]
+
+
+def trace(
+  expansion: Expansion,
+  batches: Iterable[Any],
+  key: jax.Array,
+  probes: int,
+  track: Callable,
+) -> tuple[Entries, dict[str, Any]]:
+  """tr(H) / n ||d||^2 of every option (HAWQ-v2, arXiv 1911.03852).
+
+  Of an activation tr, n and ||d||^2 are means over examples.
+
+  Returns:
+    Values with standard errors over probes and batches, by option; facts
+    with the traces.
+  """
+  program = expansion.program
+  hutchinson = _Probes(expansion)
+  searched = expansion.searched
+  found: list[list[np.ndarray]] = []
+  norms: dict[Operand, np.ndarray] = {}
+  sizes: dict[Operand, float] = {}
+  squared = expansion.norms()
+  examples = 0
+  for i, batch in enumerate(track(batches, 'trace')):
+    inputs, targets = split(batch, expansion.task.targets, i)
+    keys = jax.random.split(jax.random.fold_in(key, i), probes)
+    rows = [
+      hutchinson.products(program.params, k, inputs, targets) for k in keys
+    ]
+    found.append([np.array([float(r[o]) for o in searched]) for r in rows])
+    b = np.shape(jax.tree.leaves(inputs)[0])[0]
+    for o, x in jax.device_get(squared(program.params, inputs)).items():
+      share = 1 if kind(o[1]) == 'weight' else 1 / b
+      x = np.asarray(x, float).reshape(-1, x.shape[-1]).sum(0)[:-1]
+      norms[o] = norms.get(o, 0) + x * share * b
+    if not sizes:
+      counted = jax.device_get(hutchinson.sizes(program.params, inputs))
+      for o, x in counted.items():
+        sizes[o] = float(x) / (1 if kind(o[1]) == 'weight' else b)
+    examples += b
+  samples = np.array(found)  # batches, probes, operands
+  mean, spread = _two_level(samples)
+  facts = {
+    'traces': {
+      '/'.join(o): {'value': mean[j], 'stderr': spread[j], 'n': sizes[o]}
+      for j, o in enumerate(searched)
+    }
+  }
+  entries = []
+  for row, option in program_flat(program):
+    sites = program.space.rows[row].sites
+    weight = np.array(
+      [
+        norms[o][option] / examples / sizes[o] if o[0] in sites else 0.0
+        for o in searched
+      ]
+    )
+    value, error = _two_level((samples @ weight)[..., None])
+    entries.append((float(value[0]), float(error[0])))
+  return entries, facts
+
+
+def program_flat(program: Program) -> list[tuple[int, int]]:
+  """(row, option) of every entry, as `Table.flat` has them."""
+  return [
+    (i, k)
+    for i, r in enumerate(program.space.rows)
+    for k in range(len(r.options))
+  ]
+
+
+def _two_level(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard error of (batches, probes, ...) draws.
+
+  The larger of the spread of all draws and, with more than one batch, that
+  of the batches.
+  """
+  b, p = samples.shape[:2]
+  flat = samples.reshape(b * p, *samples.shape[2:])
+  error = (
+    flat.std(0, ddof=1) / np.sqrt(b * p) if b * p > 1 else flat[0] * np.nan
+  )
+  if b > 1:
+    between = samples.mean(1).std(0, ddof=1) / np.sqrt(b)
+    error = np.fmax(error, between)
+  return flat.mean(0), error
+
+
+class _Probes:
+  """Products of the Hessian with random signs on every operand."""
+
+  def __init__(self, expansion: Expansion):
+    self.expansion = expansion
+    self.program = expansion.program
+    self._shifted = self.program.simulated(Shifts(self.program.options))
+    self._mean = objectives.mean(expansion.task, expansion.of)
+    self.products = jax.jit(self._products)
+    self.sizes = jax.jit(self._sizes)
+
+  def _outputs(self, params, t, key, inputs, slots=None):
+    def leaves(operand, loops):
+      if operand not in t:
+        return {}
+      count = int(np.prod(loops))
+      words = jax.random.key_data(jax.random.split(key, count))
+      given = {
+        'strength': jnp.broadcast_to(t[operand], (*loops, 1)),
+        'offset': words.reshape(*loops, -1),
+      }
+      return given if slots is None else given | {'alpha': slots[operand]}
+
+    state = self.program.state(leaves)
+    return self._shifted(self.program.variables(params, state), *inputs)
+
+  def _products(self, params, key, inputs, targets):
+    t = {o: jnp.zeros(()) for o in self.expansion.searched}
+    reference = self._outputs(params, t, key, inputs)
+
+    def loss(t):
+      outputs = self._outputs(params, t, key, inputs)
+      return self._mean(reference, outputs, targets)
+
+    ones = {o: jnp.ones(()) for o in t}
+    return jax.jvp(jax.grad(loss), (t,), (ones,))[1]
+
+  def _sizes(self, params, inputs):
+    """Elements of every operand: the squared norm of signs."""
+    t = {o: jnp.zeros(()) for o in self.expansion.searched}
+    key = jax.random.key(0)
+
+    def total(slots):
+      return self._outputs(params, t, key, inputs, slots).sum()
+
+    slots = {o: jnp.zeros((*self.program.operands[o], 1)) for o in t}
+    return jax.tree.map(jnp.sum, jax.grad(total)(slots))
+
+
+class _Added:
+  """`handlers.Simulate`: the leaf 'offset' is added; notes shapes."""
+
+  def __init__(self) -> None:
+    self.shapes: dict[Operand, tuple[int, ...]] = {}
+
+  def __call__(self, site, role, x, quantizer, leaves, *, axis, shape):
+    self.shapes[site, role] = tuple(x.shape)
+    return x + leaves['offset'].astype(x.dtype) if 'offset' in leaves else x
+
+
+def eigenvalue(
+  expansion: Expansion,
+  batches: Iterable[Any],
+  key: jax.Array,
+  iterations: int,
+  tolerance: float,
+  track: Callable,
+) -> tuple[Entries, dict[str, Any]]:
+  """lambda_max ||d||^2 of every option (HAWQ, arXiv 1905.03696).
+
+  Power iteration on the block of each row's weights, v <- H_ll v / |H_ll v|,
+  until the Rayleigh quotient moves by less than `tolerance` of itself. What
+  it finds is the eigenvalue of largest magnitude.
+
+  Returns:
+    Values with standard errors over batches, by option; facts with the
+    eigenvalues, their residuals |H v - lambda v| and the iterations taken.
+  """
+  program = expansion.program
+  wrong = [o for o in expansion.searched if kind(o[1]) != 'weight']
+  if wrong:
+    raise ValueError(
+      f"metric 'eigenvalue' is of weights alone, and {wrong[0][0]!r} also "
+      f"chooses its {wrong[0][1]}; metric 'trace' has both"
+    )
+  power = _Power(expansion, list(batches))
+  found, facts = [], {}
+  for i, row in enumerate(track(program.space.rows, 'eigenvalues')):
+    value, error, more = power(
+      row.sites, jax.random.fold_in(key, i), iterations, tolerance
+    )
+    found.append((value, error))
+    facts[row.name] = {'value': value, 'stderr': error, **more}
+  norms = weight_norms(expansion, power.batches)
+  entries = [
+    (found[i][0] * norms[j], found[i][1] * norms[j])
+    for j, (i, _) in enumerate(program_flat(program))
+  ]
+  return entries, {'eigenvalues': facts}
+
+
+def weight_norms(expansion: Expansion, batches: Sequence[Any]) -> np.ndarray:
+  """||Q(w) - w||^2 of every option, over all weights of its row."""
+  program = expansion.program
+  inputs, _ = split(next(iter(batches)), expansion.task.targets)
+  squared = jax.device_get(expansion.norms()(program.params, inputs))
+  found = []
+  for i, k in program_flat(program):
+    sites = program.space.rows[i].sites
+    found.append(
+      sum(
+        float(np.asarray(x, float)[..., k].sum())
+        for o, x in squared.items()
+        if o[0] in sites and kind(o[1]) == 'weight'
+      )
+    )
+  return np.array(found)
+
+
+class _Power:
+  """Power iteration on one row's block of the Hessian."""
+
+  def __init__(self, expansion: Expansion, batches: Sequence[Any]):
+    self.program, self.task = expansion.program, expansion.task
+    self.batches = batches
+    self._mean = objectives.mean(expansion.task, expansion.of)
+    self._added = _Added()
+    self._run = self.program.simulated(self._added)
+    inputs, _ = split(batches[0], self.task.targets)
+    jax.eval_shape(lambda p: self._outputs(p, {}, inputs), self.program.params)
+    effective = self.program.space.plan.effective
+    self.shapes = {
+      o: (*self.program.operands[o], *self._added.shapes[o])
+      if o[0] in effective
+      else self._added.shapes[o]
+      for o in expansion.searched
+    }
+    self._product = jax.jit(self._hessian_product)
+
+  def _outputs(self, params, offsets, inputs):
+    state = self.program.state(
+      lambda o, loops: {'offset': offsets[o]} if o in offsets else {}
+    )
+    return self._run(self.program.variables(params, state), *inputs)
+
+  def _hessian_product(self, params, v, inputs, targets):
+    zero = jax.tree.map(jnp.zeros_like, v)
+    reference = self._outputs(params, zero, inputs)
+
+    def loss(offsets):
+      outputs = self._outputs(params, offsets, inputs)
+      return self._mean(reference, outputs, targets)
+
+    return jax.jvp(jax.grad(loss), (zero,), (v,))[1]
+
+  def _products(self, v) -> list[dict[Operand, jax.Array]]:
+    """H v of each batch, on the operands of v that are not zero."""
+    return [
+      self._product(self.program.params, v, *split(b, self.task.targets, i))
+      for i, b in enumerate(self.batches)
+    ]
+
+  def __call__(self, sites, key, iterations, tolerance):
+    mine = [o for o in self.shapes if o[0] in sites]
+    v = {
+      o: jax.random.normal(jax.random.fold_in(key, j), shape)
+      if o in mine
+      else jnp.zeros(shape)
+      for j, (o, shape) in enumerate(self.shapes.items())
+    }
+    v = _scaled(v, mine, 1 / _norm(v, mine))
+    value, step = 0.0, 0
+    while True:
+      step += 1
+      each = self._products(v)
+      h = {o: sum(hb[o] for hb in each) / len(each) for o in mine}
+      before, value = value, _dot(v, h, mine)
+      residual = {o: h[o] - value * v[o] for o in mine}
+      size = _norm(h, mine)
+      moved = abs(value - before) > tolerance * abs(value)
+      if step == iterations or not moved or not size > 0:
+        break
+      v = _scaled({**v, **h}, mine, 1 / size)
+    quotients = np.array([_dot(v, hb, mine) for hb in each])
+    n = len(quotients)
+    error = quotients.std(ddof=1) / np.sqrt(n) if n > 1 else float('nan')
+    facts = {'residual': _norm(residual, mine), 'iterations': step}
+    return value, float(error), facts
+
+
+def _dot(a, b, names) -> float:
+  return float(sum(jnp.vdot(a[o], b[o]) for o in names))
+
+
+def _norm(a, names) -> float:
+  return float(np.sqrt(_dot(a, a, names)))
+
+
+def _scaled(a, names, factor):
+  return {o: x * factor if o in names else x for o, x in a.items()}

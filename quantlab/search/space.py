@@ -1,0 +1,299 @@
+"""The search space: the options of each site of a program, and their costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quantlab import cost, planner
+from quantlab.core import Quantizer
+from quantlab.graph import tracing
+from quantlab.plan import Plan
+from quantlab.recipe import Recipe, Rule
+from quantlab.recipe import recipe as as_recipe
+from quantlab.search.table import Columns, Row
+
+Cost = Callable[[Plan], Mapping[str, float]]
+COSTS: dict[str, Cost] = {'bytes': cost.nbytes, 'bops': cost.bops}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Space:
+  """What can be chosen in one program.
+
+  Attributes:
+    rows: sites that are decided together, with their options.
+    plan: simulates them: every role that some option of a site quantizes.
+    columns: a plan for each position in the lists of options; a site with
+      fewer options keeps its last one.
+    column_of: by site, the column in which it has each of its options.
+    costs: by name, of each option of each row.
+    fixed: by name, the cost of everything else.
+  """
+
+  rows: tuple[Row, ...]
+  plan: Plan
+  columns: tuple[Plan, ...]
+  column_of: dict[str, tuple[int, ...]]
+  costs: dict[str, Columns]
+  fixed: dict[str, float]
+
+  @property
+  def options(self) -> dict[str, tuple[Rule | None, ...]]:
+    """Rules that each site may take, by id; one where nothing is chosen."""
+    found: dict[str, tuple[Rule | None, ...]] = {
+      k: (s.rule,) for k, s in self.plan.quantized.items()
+    }
+    for row in self.rows:
+      found |= dict.fromkeys(row.sites, row.rules)
+    return found
+
+
+def space(
+  apply: Callable,
+  params: Any,
+  choices: Mapping[str, Any],
+  *args: Any,
+  ties: Iterable[Sequence[str]] = (),
+  costs: Mapping[str, Cost] | None = None,
+) -> Space:
+  """Resolves `{pattern: options}` for one program, from shapes alone.
+
+  Args:
+    apply: `apply(params, *args)`.
+    params: parameters, or their shapes.
+    choices: as a recipe, with a list of rules in the place of one: quantizers
+      (weight only), `ql.rule(...)` or None (float). A single rule is not
+      searched.
+    *args: example arguments, or their shapes.
+    ties: groups of site ids, or of regular expressions that find them, that
+      take one option together. Sites that read one stored parameter do so
+      without being named.
+    costs: further costs by name, `plan -> {site: cost}`, such as a
+      `ql.cost.LatencyTable`.
+
+  Raises:
+    ValueError: nothing to choose, options that contradict each other, tied
+      sites with different options; and what `ql.plan` refuses.
+  """
+  lists = _lists(choices)
+  traced, leaves, inputs = tracing.Tracer(apply)(params, args, {})
+  found: dict[str, list[Rule | None]] = {}
+  rules_of = []
+  for j in range(max(map(len, lists.values()))):
+    column = as_recipe({p: v[min(j, len(v) - 1)] for p, v in lists.items()})
+    rules = column.resolve(traced.analysis.sites)
+    rules_of.append(rules)
+    for site, rule in rules.items():
+      known = found.setdefault(site, [])
+      if rule not in known:
+        known.append(rule)
+  options = {k: tuple(v) for k, v in found.items()}
+  base = _make(
+    traced, leaves, inputs, {k: _union(k, v) for k, v in options.items()}
+  )
+  columns = tuple(_column(traced, leaves, inputs, r, base) for r in rules_of)
+  rows = _rows(base, options, ties)
+  if not rows:
+    raise ValueError(
+      'nothing to choose: no site has more than one option. Give a pattern '
+      'several, such as {"/kernel$": [ql.int4(), ql.int8()]}; sites: '
+      f'{list(options)}'
+    )
+  column_of = {
+    k: tuple(
+      next(j for j, rules in enumerate(rules_of) if rules[k] == rule)
+      for rule in v
+    )
+    for k, v in options.items()
+  }
+  models = COSTS | dict(costs or {})
+  priced, fixed = _price(traced, base, columns, column_of, rows, models)
+  return Space(rows, base, columns, column_of, priced, fixed)
+
+
+def label(rule: Rule | None) -> str:
+  """What an option is called: its formats, and what else tells it apart."""
+  if rule is None:
+    return 'float'
+  roles = rule.quantizers
+  named = [
+    _short(q) if r == 'weight' else f'{r} {_short(q)}' for r, q in roles.items()
+  ]
+  return ', '.join(named)
+
+
+def _short(q: Quantizer) -> str:
+  text = repr(q)
+  return text.removesuffix('()')
+
+
+def _lists(choices: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+  if not isinstance(choices, Mapping):
+    raise TypeError(
+      f'a search space is a dict of pattern: [rules], got {choices!r}'
+    )
+  if not choices:
+    raise ValueError('the search space is empty: give a pattern and its rules')
+  found = {
+    p: tuple(v) if isinstance(v, list | tuple) else (v,)
+    for p, v in choices.items()
+  }
+  for pattern, rules in found.items():
+    if not rules:
+      raise ValueError(f'pattern {pattern!r} has no options to choose from')
+    known = [as_recipe({'': r}).entries[0][1] for r in rules if r is not None]
+    twice = [r for i, r in enumerate(known) if r in known[:i]]
+    if twice or sum(r is None for r in rules) > 1:
+      raise ValueError(
+        f'pattern {pattern!r} has an option twice: {twice or [None]}'
+      )
+  return found
+
+
+def _union(site: str, rules: Sequence[Rule | None]) -> Rule | None:
+  """A rule with every role that some option quantizes."""
+  roles: dict[str, Quantizer] = {}
+  folds = {r.fold for r in rules if r is not None and r.weight is not None}
+  if len(folds) > 1:
+    raise ValueError(
+      f'the options of site {site!r} conflict: some fold the BatchNorm after '
+      'it and some do not'
+    )
+  for rule in rules:
+    for role, q in (rule.quantizers if rule else {}).items():
+      first = roles.setdefault(role, q)
+      if role != 'weight' and (first.per == 'tensor') != (q.per == 'tensor'):
+        raise ValueError(
+          f'the options of site {site!r} conflict: its {role} has {first!r} '
+          f"and {q!r}; either all of them or none have per='tensor'"
+        )
+  if not roles:
+    return None
+  return Rule(**roles, fold=next(iter(folds), True))
+
+
+def site_recipe(rules: Mapping[str, Rule | None]) -> Recipe:
+  """A recipe that gives each site, by its id, a rule."""
+  return Recipe(
+    tuple((f'site:^{re.escape(k)}$', rule, False) for k, rule in rules.items())
+  )
+
+
+def _make(traced, leaves, inputs, rules) -> Plan:
+  return planner.make(traced, leaves, inputs, site_recipe(rules))
+
+
+def _column(traced, leaves, inputs, rules, base: Plan) -> Plan:
+  if any(r is not None for r in rules.values()):
+    return _make(traced, leaves, inputs, rules)
+  sites = {
+    k: dataclasses.replace(s, rule=None, compute='float', fold=False)
+    for k, s in base.sites.items()
+  }
+  return dataclasses.replace(
+    base, sites=sites, leaves={}, effective={}, dropped=()
+  )
+
+
+def _rows(base: Plan, options, ties) -> tuple[Row, ...]:
+  """Sites with something to choose, joined where they are tied."""
+  ids = [k for k, v in options.items() if len(v) > 1]
+  parent = {k: k for k in ids}
+
+  def root(k: str) -> str:
+    while parent[k] != k:
+      k = parent[k]
+    return k
+
+  for group in [*_shared(base, options), *_matched(ids, ties)]:
+    first = group[0]
+    for k in group[1:]:
+      if options[k] != options[first]:
+        raise ValueError(
+          f'tied sites need the same options: {first!r} has '
+          f'{[label(r) for r in options[first]]}, {k!r} has '
+          f'{[label(r) for r in options[k]]}'
+        )
+      low, high = sorted((root(first), root(k)), key=ids.index)
+      parent[high] = low
+  members: dict[str, list[str]] = {}
+  for k in ids:
+    members.setdefault(root(k), []).append(k)
+  return tuple(
+    Row(first, tuple(map(label, options[first])), tuple(group), options[first])
+    for first, group in members.items()
+  )
+
+
+def _shared(base: Plan, options) -> list[list[str]]:
+  """Sites that read one stored parameter."""
+  readers: dict[str, list[str]] = {}
+  for k in options:
+    for path in base.sites[k].paths:
+      if path in base.leaves:
+        readers.setdefault(path, []).append(k)
+  return [g for g in readers.values() if len(g) > 1 and len(options[g[0]]) > 1]
+
+
+def _matched(ids: Sequence[str], ties) -> list[list[str]]:
+  found = []
+  for group in ties:
+    words = [group] if isinstance(group, str) else list(group)
+    hits = []
+    for word in words:
+      match = [word] if word in ids else [k for k in ids if re.search(word, k)]
+      if not match:
+        raise ValueError(
+          f'the tie {word!r} finds no site that is chosen; there are {ids}'
+        )
+      hits += match
+    found.append(list(dict.fromkeys(hits)))
+  return found
+
+
+def _price(traced, base: Plan, columns, column_of, rows, models):
+  """Costs of every option, and of what is not chosen."""
+  decided = {s for row in rows for s in row.sites}
+  folds = {
+    s.id: {traced.paths[i] for i in s.fold.leaves}
+    for s in traced.analysis.sites
+    if s.fold is not None
+  }
+  costs: dict[str, Columns] = {}
+  fixed: dict[str, float] = {}
+  for name, model in models.items():
+    by_column = [model(plan) for plan in columns]
+    if model is cost.nbytes:
+      by_column = [
+        {
+          k: v + _unfolded(base, plan, folds.get(k, ()))
+          for k, v in found.items()
+        }
+        for found, plan in zip(by_column, columns, strict=True)
+      ]
+    costs[name] = tuple(
+      np.array(
+        [
+          sum(by_column[column_of[s][k]][s] for s in row.sites)
+          for k in range(len(row.rules))
+        ],
+        float,
+      )
+      for row in rows
+    )
+    rest = {k: v for k, v in by_column[0].items() if k not in decided}
+    fixed[name] = float(sum(rest.values()))
+  if 'bytes' in fixed and models['bytes'] is cost.nbytes:
+    fixed['bytes'] += cost.rest_nbytes(base)
+  return costs, fixed
+
+
+def _unfolded(base: Plan, plan: Plan, leaves: Iterable[str]) -> int:
+  """Bytes of a BatchNorm that is kept where its site stays in float."""
+  kept = [p for p in leaves if p in base.dropped and p not in plan.dropped]
+  return sum(base.parameters[p][0] for p in kept)
