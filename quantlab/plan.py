@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from quantlab import core, ops, summary
 from quantlab.core import Layout, QParams, QTensor, Quantizer
 from quantlab.graph import sites as sites_lib
-from quantlab.recipe import Rule
+from quantlab.recipe import Recipe, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,12 @@ class Plan:
   def quantized(self) -> dict[str, SitePlan]:
     """The sites that are not left in float."""
     return {k: s for k, s in self.sites.items() if s.rule is not None}
+
+  @property
+  def recipe(self) -> Recipe:
+    """A rule for each site, by its id: `ql.ptq` takes a plan as it is."""
+    rules = {k: s.rule for k, s in self.sites.items()}
+    return Recipe.of_sites(rules, self.strict)
 
   @property
   def folded(self) -> frozenset[str]:

@@ -132,6 +132,16 @@ class Recipe:
   entries: tuple[tuple[str, Rule | None, bool], ...]
   strict: bool = True
 
+  @classmethod
+  def of_sites(
+    cls, rules: Mapping[str, Rule | None], strict: bool = True
+  ) -> Recipe:
+    """A rule for each site, by its id."""
+    entries = (
+      (f'site:^{re.escape(site)}$', rule, False) for site, rule in rules.items()
+    )
+    return cls(tuple(entries), strict)
+
   def resolve(self, sites: Sequence[Site]) -> dict[str, Rule | None]:
     """The rule of every site that a pattern matches.
 
@@ -217,7 +227,8 @@ def recipe(
   """An ordered recipe from `{pattern: quantizer | rule | None}`.
 
   Args:
-    rules: first match wins; see the module.
+    rules: first match wins; see the module. A plan or an allocation gives
+      every site what it says.
     strict: see `Recipe`; True, or as the given recipe has it.
 
   Raises:
@@ -226,6 +237,7 @@ def recipe(
   """
   if strict is not None:
     _flag('strict', strict)
+  rules = getattr(rules, 'recipe', rules)
   if isinstance(rules, Recipe):
     return (
       rules if strict is None else dataclasses.replace(rules, strict=strict)

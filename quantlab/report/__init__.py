@@ -6,6 +6,8 @@ from quantlab.report.html import render as render
 from quantlab.report.model_rows import by_variant as by_variant
 from quantlab.report.model_rows import site_rows as site_rows
 from quantlab.report.model_rows import walk as walk
+from quantlab.report.search_page import print_rows as print_rows
+from quantlab.report.search_page import render_search as render_search
 from quantlab.report.sites import Histogram as Histogram
 from quantlab.report.sites import SiteRow as SiteRow
 from quantlab.report.sites import histogram as histogram

@@ -17,3 +17,4 @@ from quantlab.search.space import Space as Space
 from quantlab.search.space import space as space
 from quantlab.search.table import Row as Row
 from quantlab.search.table import Table as Table
+from quantlab.search.table import additive as additive

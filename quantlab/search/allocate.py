@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,27 +49,23 @@ class Allocation:
 
   @property
   def rules(self) -> dict[str, Rule | None]:
-    """The chosen rule of each site, by id."""
+    """The rule of each site, by id: chosen, or as it is kept."""
     if not all(r.rules for r in self.table.rows):
       raise ValueError(
         'the table is of no program: its options have names and no rules, so '
         'that nothing can be quantized by them'
       )
-    return {
+    chosen = {
       site: row.rules[k]
       for row, k in zip(self.table.rows, self.choice, strict=True)
       for site in row.sites
     }
+    return {**self.table.kept, **chosen}
 
   @property
   def recipe(self) -> Recipe:
-    """What `ql.ptq` and `ql.plan` take: a rule for each site, by its id."""
-    return Recipe(
-      tuple(
-        (f'site:^{re.escape(site)}$', rule, False)
-        for site, rule in self.rules.items()
-      )
-    )
+    """A rule for each site, by its id; `ql.ptq` takes the allocation itself."""
+    return Recipe.of_sites(self.rules)
 
   def to_json(self) -> dict[str, Any]:
     """The choice with the table it was made from."""

@@ -12,10 +12,9 @@ import numpy as np
 from quantlab import planner, rewrites
 from quantlab.core import presets
 from quantlab.quality import metric as metrics
-from quantlab.recipe import Rule
+from quantlab.recipe import Recipe, Rule
 from quantlab.search.program import Program, split
 from quantlab.search.simulate import Relevance
-from quantlab.search.space import site_recipe
 
 FLOAT_BITS = 16  # what an option without a quantizer counts
 
@@ -46,7 +45,7 @@ def relevance(
   plan = planner.plan(
     program.apply,
     program.params,
-    site_recipe(dict.fromkeys(sites, hook)),
+    Recipe.of_sites(dict.fromkeys(sites, hook)),
     *inputs,
   )
   run = rewrites.fake_quantized(program.apply, plan, Relevance())

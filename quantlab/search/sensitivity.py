@@ -69,7 +69,7 @@ def sensitivity(
     table = ql.sensitivity(
       apply, params, {'/kernel$': [ql.int2(), ql.int4(), ql.int8()]}, batches)
     found = ql.allocate(table, 50_000)              # bytes
-    model = ql.ptq(apply, params, found.recipe, batches, ql.gptq())
+    model = ql.ptq(apply, params, found, batches, ql.gptq())
 
   Measured by running the quantized model with one row at an option, the others
   as in `base`; compiled once for all of them:
@@ -226,6 +226,7 @@ class _Run:
       metric=name,
       unit=_unit(name, self.of),
       fixed=found.fixed,
+      kept=found.kept,
       model=runtime.fingerprint(self.program.params),
       interactions=inner,
       facts=facts,

@@ -27,6 +27,7 @@ class Space:
 
   Attributes:
     rows: sites that are decided together, with their options.
+    kept: rules of the sites with one, by id.
     plan: simulates them: every role that some option of a site quantizes.
     columns: a plan for each position in the lists of options; a site with
       fewer options keeps its last one.
@@ -36,6 +37,7 @@ class Space:
   """
 
   rows: tuple[Row, ...]
+  kept: dict[str, Rule | None]
   plan: Plan
   columns: tuple[Plan, ...]
   column_of: dict[str, tuple[int, ...]]
@@ -113,7 +115,9 @@ def space(
   }
   models = COSTS | dict(costs or {})
   priced, fixed = _price(traced, base, columns, column_of, rows, models)
-  return Space(rows, base, columns, column_of, priced, fixed)
+  decided = {s for row in rows for s in row.sites}
+  kept = {k: v[0] for k, v in options.items() if k not in decided}
+  return Space(rows, kept, base, columns, column_of, priced, fixed)
 
 
 def label(rule: Rule | None) -> str:
@@ -177,15 +181,8 @@ def _union(site: str, rules: Sequence[Rule | None]) -> Rule | None:
   return Rule(**roles, fold=next(iter(folds), True))
 
 
-def site_recipe(rules: Mapping[str, Rule | None]) -> Recipe:
-  """A recipe that gives each site, by its id, a rule."""
-  return Recipe(
-    tuple((f'site:^{re.escape(k)}$', rule, False) for k, rule in rules.items())
-  )
-
-
 def _make(traced, leaves, inputs, rules) -> Plan:
-  return planner.make(traced, leaves, inputs, site_recipe(rules))
+  return planner.make(traced, leaves, inputs, Recipe.of_sites(rules))
 
 
 def _column(traced, leaves, inputs, rules, base: Plan) -> Plan:

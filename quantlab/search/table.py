@@ -61,6 +61,7 @@ class Table:
     metric: what the values are.
     unit: what they are measured in.
     fixed: by the same names, the cost of everything that is not decided.
+    kept: rules of the sites that are not decided, by id.
     model: fingerprint of the float parameters; '' in a table of no program.
     interactions: (options, options) over all options of all rows in order,
       symmetric: what two rows do together beside the sum of their values;
@@ -75,6 +76,7 @@ class Table:
   metric: str
   unit: str
   fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  kept: Mapping[str, Rule | None] = dataclasses.field(default_factory=dict)
   model: str = ''
   interactions: np.ndarray | None = None
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -290,6 +292,7 @@ class Table:
       'metric': self.metric,
       'unit': self.unit,
       'fixed': dict(self.fixed),
+      'kept': {k: r and r.to_json() for k, r in self.kept.items()},
       'model': self.model,
       'interactions': None if q is None else q.tolist(),
       'facts': dict(self.facts),
@@ -316,10 +319,16 @@ class Table:
       metric=data['metric'],
       unit=data['unit'],
       fixed=dict(data['fixed']),
+      kept={k: r and Rule.from_json(r) for k, r in data['kept'].items()},
       model=data['model'],
       interactions=None if q is None else np.asarray(q, float),
       facts=dict(data['facts']),
     )
+
+
+def additive(table: Table) -> Table:
+  """The table without its interactions."""
+  return dataclasses.replace(table, interactions=None)
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:

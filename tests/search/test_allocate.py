@@ -8,7 +8,7 @@ import pytest
 
 import quantlab as ql
 from configs.search import hawq_v3
-from experiments import search_tables
+from experiments import spaces
 from quantlab import search
 from quantlab.search import Row, Table, knapsack
 
@@ -182,7 +182,7 @@ def test_a_thinned_front_stays_feasible_and_close():
 
 def test_hawq_v3_reaches_the_published_optimum():
   """arXiv 2011.10680; the constants of its notebook, ties included."""
-  table = search_tables.from_config(hawq_v3.get_config())
+  table = spaces.from_config(hawq_v3.get_config())
   budgets = dict(hawq_v3.get_config().budgets)
   want = {'size': -1.2332, 'bops': -1.0920, 'latency': -1.1050}
   strings = {

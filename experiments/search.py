@@ -1,0 +1,211 @@
+r"""Mixed precision: allocations at equal cost, quantized and judged.
+
+  python -m experiments.search --config=configs/search/digits.py \
+    --workdir=runs/search_digits
+
+Measures (or reads) the sensitivity tables, then for each budget and method
+finds an allocation, quantizes the model by it with each encoder and
+calibration seed, and judges it on batches that no table has seen. A config
+that carries a table (hawq_v3) is solved only. The workdir gets config.json,
+manifest.json, tables.json, plan.json (by name; `ql.Plan.from_json` reads one,
+`ql.ptq` takes it), metrics.json and report.html. The same command resumes.
+"""
+
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import quantlab as ql
+from experiments import command_line, sensitivity, spaces, variants
+from quantlab import models, quality, report, runtime, search
+from quantlab.report import plots, search_plots
+
+
+def solve(config: Any, workdir: str) -> dict[str, Any]:
+  """The allocations of a table that the config carries; flat metrics."""
+  table = spaces.from_config(config)
+  metrics: dict[str, Any] = {}
+  chosen = {}
+  with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
+    for cost, limit in config.budgets.items():
+      for method in config.methods:
+        found = ql.allocate(
+          table, {cost: limit}, method, ties=config.ties, seed=config.seed
+        )
+        name = f'{cost}/{method}'
+        chosen[name] = [found.options[r.name] for r in found.table.rows]
+        metrics[f'{name}/objective'] = found.value
+        metrics |= {f'{name}/{k}': v for k, v in found.costs.items()}
+        print(f'{name:18} objective {found.value:.4f} ', found.costs)
+    folder.write_json('metrics.json', metrics)
+    rows = [r.name for r in table.tied(config.ties).rows]
+    page = report.render_search(
+      config.get('title', 'Allocation'), {}, {'Options': _map(rows, chosen)}
+    )
+    folder.write_text('report.html', page)
+  return metrics
+
+
+def run(config: Any, workdir: str) -> dict[str, Any]:
+  """Runs a config in a folder; returns the flat metrics."""
+  if 'model' not in config:
+    return solve(config, workdir)
+  work = spaces.workload(config)
+  if work is None:
+    return {}
+  with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
+    tables = spaces.tables(folder, config, work)
+    found = allocations(config, tables)
+    for name, made in found.items():
+      if name not in folder.read_json('plan.json', {}):
+        plan = ql.plan(work.apply, work.params, made, *work.example)
+        folder.update_json('plan.json', name, plan.to_json())
+    todo = [
+      (name, encoder, seed)
+      for name in found
+      for encoder in config.encoders
+      for seed in range(config.seeds)
+      if f'q/{name}/{encoder}/{seed}' not in folder.metrics
+    ]
+    for name, encoder, seed in runtime.track(todo, config.model):
+      _judge(folder, config, work, name, found[name], encoder, seed)
+    rows = _rows(config, folder, found)
+    report.print_rows(rows)
+    folder.write_text('report.html', _page(config, tables, found, rows))
+    return dict(folder.metrics.values)
+
+
+def allocations(
+  config: Any, tables: dict[str, search.Table]
+) -> dict[str, search.Allocation]:
+  """By budget and method; uniform ones give the budgets, in bytes."""
+  found = {}
+  first = next(iter(tables.values()))
+  for option in config.budgets:
+    uniform = search.Allocation(first, first.uniform(option), 'uniform', {})
+    found[f'{option}/uniform'] = uniform
+    for metric, method in config.allocations:
+      if metric not in tables:
+        continue
+      table = tables[metric].floored()
+      if method != 'quadratic' and table.interactions is not None:
+        # The others know sums alone.
+        table = search.additive(table)
+      found[f'{option}/{metric}-{method}'] = ql.allocate(
+        table, uniform.costs['bytes'], method, seed=config.seed
+      )
+  return found
+
+
+def _judge(
+  folder: runtime.Workdir,
+  config: Any,
+  work: models.Workload,
+  name: str,
+  made: search.Allocation,
+  encoder: str,
+  seed: int,
+) -> None:
+  """Quantizes by one allocation and measures what came out."""
+  drawn = work
+  if config.get('calibration', 0):
+    drawn = models.workload(
+      config.model, seed=seed, calibration=config.calibration
+    )
+  with runtime.timed() as timer:
+    model = ql.ptq(
+      work.apply,
+      work.params,
+      made,
+      drawn.calibration,
+      variants.transform({'transform': encoder}),
+      key=jax.random.key(seed),
+    )
+  found = quality.assess(
+    work.apply,
+    work.params,
+    model.apply,
+    model.params,
+    spaces.judged_on(config, work),
+    work.metric,
+  )
+  sizes = {'nbytes': model.nbytes, 'seconds': timer.seconds}
+  folder.metrics.record(
+    f'q/{name}/{encoder}/{seed}',
+    quality.flat(found['quality']) | quality.flat(found['contrast']) | sizes,
+  )
+
+
+def _rows(config, folder, found) -> list[dict[str, Any]]:
+  """Mean and range over calibration seeds of what was measured."""
+  rows = []
+  values = folder.metrics.values
+  for name, made in found.items():
+    row: dict[str, Any] = {'allocation': name, 'bytes': made.costs['bytes']}
+    row['predicted'] = made.value
+    for encoder in config.encoders:
+      for key in config.show:
+        each = [
+          values[f'q/{name}/{encoder}/{s}/{key}']
+          for s in range(config.seeds)
+          if f'q/{name}/{encoder}/{s}/{key}' in values
+        ]
+        if each:
+          row[f'{encoder} {key}'] = float(np.mean(each))
+          if len(each) > 1:
+            row[f'{encoder} {key}, range'] = (
+              f'{min(each):.4g} to {max(each):.4g}'
+            )
+    rows.append(row)
+  return rows
+
+
+def _map(rows, chosen) -> plots.Figure:
+  figure = plots.figure(2.5 + 0.6 * len(chosen), 1.2 + 0.22 * len(rows))
+  search_plots.bit_map(figure.subplots(), rows, chosen)
+  return figure
+
+
+def _page(config, tables, found, rows) -> str:
+  figures = {}
+  for metric, table in tables.items():
+    plain = search.additive(table)
+    front = search.pareto(plain)
+    figure = plots.figure(9, 3.6)
+    points = {
+      n: (a.costs['bytes'], plain.predict(a.choice)) for n, a in found.items()
+    }
+    search_plots.front(
+      figure.subplots(), front.cost, front.value, points, value=metric
+    )
+    figures[f'Front of {metric}'] = figure
+  names = [r.name for r in next(iter(tables.values())).rows]
+  chosen = {n: [*a.options.values()] for n, a in found.items()}
+  figures['Options'] = _map(names, chosen)
+  return report.render_search(
+    f'Mixed precision of {config.model}', {'Allocations': rows}, figures
+  )
+
+
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """The command: flags in, a workdir or a message out."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments {argv[1:]}')
+  if values.config is None or not values.workdir:
+    raise app.UsageError('--config and --workdir are needed')
+  try:
+    run(values.config, values.workdir)
+  except (variants.ConfigError, runtime.WorkdirError) as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    print('stopped; the same command goes on from here', file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == '__main__':
+  sensitivity.define_flags()
+  logging.set_verbosity(logging.WARNING)
+  app.run(main, flags_parser=command_line.parse)

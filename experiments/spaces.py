@@ -1,0 +1,122 @@
+"""Search spaces and tables from a config's plain values."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import quantlab as ql
+from experiments import steps, variants
+from quantlab import models, runtime, search
+from quantlab.search import objectives
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+  """Some of the batches of an evaluation set; re-iterable.
+
+  Attributes:
+    batches: all of them.
+    start, stop: which ones.
+  """
+
+  batches: Any
+  start: int
+  stop: int | None
+
+  def __iter__(self) -> Iterator[Any]:
+    for i, batch in enumerate(self.batches):
+      if self.stop is not None and i >= self.stop:
+        return
+      if i >= self.start:
+        yield batch
+
+
+def measured_on(config: Any, work: models.Workload) -> Part:
+  """The labelled batches that sensitivities are measured on: the first."""
+  return Part(work.evaluation, 0, config.batches)
+
+
+def judged_on(config: Any, work: models.Workload) -> Part:
+  """The labelled batches that choices are judged on: the rest."""
+  return Part(work.evaluation, config.batches, config.judged or None)
+
+
+def choices(config: Any) -> dict[str, Any]:
+  """The search space: a tuple of rules is a list of options."""
+  found = {}
+  for pattern, rules in config.choices:
+    single = rules is None or isinstance(rules, Mapping)
+    found[pattern] = (
+      variants.rule(rules) if single else [variants.rule(r) for r in rules]
+    )
+  return found
+
+
+def metrics(config: Any, work: models.Workload) -> tuple[str, ...]:
+  """The metrics of a config that the task has."""
+  known = objectives.known(work.metric)
+  return tuple(
+    m for m in config.metrics if m not in objectives.DIRECT or m in known
+  )
+
+
+def tables(
+  folder: runtime.Workdir, config: Any, work: models.Workload
+) -> dict[str, search.Table]:
+  """The table of every metric: read where they are, else measured and kept."""
+  kept = folder.read_json('tables.json')
+  if kept is not None:
+    found = {k: search.Table.from_json(v) for k, v in kept.items()}
+    for table in found.values():
+      table.check_model(runtime.fingerprint(work.params))
+    return found
+  with runtime.timed() as timer:
+    found = ql.sensitivity(
+      work.apply,
+      work.params,
+      choices(config),
+      measured_on(config, work),
+      metrics(config, work),
+      task=work.metric,
+      ties=config.get('ties', ()),
+      interactions=config.get('interactions', False),
+      probes=config.get('probes', 64),
+      iterations=config.get('iterations', 20),
+      key=jax.random.key(config.seed),
+    )
+  folder.write_json('tables.json', {k: t.to_json() for k, t in found.items()})
+  folder.write_json('seconds.json', {'tables': timer.seconds})
+  return found
+
+
+def workload(config: Any) -> models.Workload | None:
+  """The model of a config, or None with a message."""
+  variants.check_name('model', config.model, tuple(models.WORKLOADS))
+  for name in metrics_of(config):
+    variants.check_name('metric', name, search.METRICS)
+  return steps.load(config, config.model)
+
+
+def metrics_of(config: Any) -> tuple[str, ...]:
+  return tuple(config.metrics)
+
+
+def from_config(config: Any) -> search.Table:
+  """The table that a config spells out: rows, sensitivity, costs."""
+  rows = tuple(search.Row(name, tuple(found)) for name, found in config.rows)
+
+  def columns(numbers):
+    return tuple(np.asarray(x, float) for x in numbers)
+
+  found = columns(config.sensitivity)
+  return search.Table(
+    rows=rows,
+    values=found,
+    stderr=tuple(np.zeros_like(v) for v in found),
+    costs={name: columns(c) for name, c in config.costs.items()},
+    metric=config.metric,
+    unit=config.unit,
+  )
