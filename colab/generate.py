@@ -31,5 +31,5 @@ def notebook(source: pathlib.Path) -> nbformat.NotebookNode:
 
 
 if __name__ == '__main__':
-  for name in ('quickstart', 'bitnet'):
+  for name in ('quickstart', 'bitnet', 'mixed_precision'):
     nbformat.write(notebook(FOLDER / f'{name}.py'), FOLDER / f'{name}.ipynb')

@@ -1,0 +1,120 @@
+r"""Black-box refinement of a search: one worker; start as many as there are.
+
+  python -m experiments.refine --config=configs/search/digits.py \
+    --workdir=runs/search_digits --storage=runs/digits.journal --trials=40
+
+Reads the tables that `experiments.search` left in the workdir, begins with the
+front of one of them and goes on with NSGA-II, or NSGA-II on predictors, over
+true measurements of (loss, bytes) on the batches that the tables were not
+measured on. Copies of the command are workers of one study; one that is killed
+loses nothing. `--storage` is a file that all see, or the URL of a database.
+"""
+
+import sys
+
+import numpy as np
+from absl import app, flags, logging
+
+import quantlab as ql
+from experiments import command_line, sensitivity, spaces, variants
+from quantlab import report, search
+from quantlab.report import plots, search_plots
+from quantlab.runtime import files
+from quantlab.search import objectives, study
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags; not at import, where another launcher may have its."""
+  sensitivity.define_flags(values)
+  flags.DEFINE_string('storage', None, 'A file, or a URL.', flag_values=values)
+  flags.DEFINE_integer(
+    'trials', 40, 'Finished trials, of all workers.', flag_values=values
+  )
+  flags.DEFINE_enum(
+    'sampler', 'predicted', study.SAMPLERS, 'How.', flag_values=values
+  )
+  flags.DEFINE_string('metric', 'kl', 'Table to start at.', flag_values=values)
+
+
+def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
+  """One worker's part; returns the front as rows."""
+  work = spaces.workload(config)
+  if work is None:
+    return []
+  try:
+    kept = files.read_json(f'{workdir}/tables.json')
+  except FileNotFoundError:
+    raise variants.ConfigError(
+      f'{workdir!r} has no tables.json: run experiments.search there first'
+    ) from None
+  variants.check_name('metric', metric, tuple(kept))
+  table = search.additive(search.Table.from_json(kept[metric]))
+  objective = objectives.default(work.metric)
+  found = search.space(
+    work.apply, work.params, spaces.choices(config), *work.example
+  )
+  program = search.Program(work.apply, work.params, found, work.calibration)
+  measure = search.Measure(
+    program, spaces.judged_on(config, work), work.metric, [objective]
+  )
+
+  def both(choice):
+    [(value, _)] = measure([program.choice(choice)])[objective]
+    return value, table.cost(choice)
+
+  made = study.Study(
+    table,
+    storage,
+    (objective, 'bytes'),
+    sampler=sampler,
+    known={'bytes': table.cost},
+    seed=config.seed,
+  )
+  front = search.pareto(table.floored())
+  at = np.linspace(0, len(front) - 1, min(len(front), 6)).astype(int)
+  made.run(both, trials, [front.choice(i) for i in dict.fromkeys(at)])
+  print(made.counts())
+  rows = []
+  for i, (choice, (value, size)) in enumerate(made.best()):
+    rows.append({'point': i, objective: value, 'bytes': size})
+    plan = ql.plan(
+      work.apply,
+      work.params,
+      search.Allocation(table, choice, sampler, {}),
+      *work.example,
+    )
+    files.write_json(f'{workdir}/refined/{i}/plan.json', plan.to_json())
+  figure = plots.figure(7, 3.5)
+  losses = [v[0] if v else np.nan for _, v in made.history()]
+  search_plots.progress(figure.subplots(), {sampler: losses}, objective)
+  page = report.render_search(
+    f'Refinement of {config.model}', {'Front': rows}, {'Progress': figure}
+  )
+  files.write_text(f'{workdir}/refined/report.html', page)
+  report.print_rows(rows)
+  return rows
+
+
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """The command: flags in, a front or a message out."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments {argv[1:]}')
+  if not (values.config and values.workdir and values.storage):
+    raise app.UsageError('--config, --workdir and --storage are needed')
+  try:
+    run(
+      values.config,
+      values.workdir,
+      values.storage,
+      values.trials,
+      values.sampler,
+      values.metric,
+    )
+  except (variants.ConfigError, ValueError) as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  logging.set_verbosity(logging.WARNING)
+  app.run(main, flags_parser=command_line.parse)

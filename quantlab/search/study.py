@@ -1,0 +1,286 @@
+"""Black-box refinement: measured choices, by any number of workers (Optuna).
+
+Workers are copies of one program that open one study: a journal file on a
+file system that all see, or any database that Optuna knows. Nothing a worker
+does is lost with it: what it was measuring when it was killed is measured
+again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.storages import journal
+from optuna.trial import TrialState
+
+from quantlab import runtime
+from quantlab.search import samplers
+from quantlab.search.table import Table
+
+Choice = tuple[int, ...]
+SAMPLERS = ('nsga2', 'predicted', 'random')
+_UNSIGNED = 30.0  # seconds that a trial may run without its worker's name
+
+
+class Study:
+  """Choices of the rows of a table, with what was measured of them.
+
+  Args:
+    table: its rows are the space; of another table the study is refused.
+    storage: a path (a journal file), or a URL of a database such as
+      'postgresql://...' or 'sqlite:///file'.
+    objectives: names of what is minimized.
+    name: of the study in the storage.
+    sampler: 'nsga2', 'predicted' (NSGA-II on boosted trees) or 'random'.
+    first: trials of a Sobol design before the sampler's own.
+    known: objectives that need no measurement to predict: `choice -> value`.
+    seed: of the design and, with each worker's own, of the sampler.
+
+  Raises:
+    ValueError: the storage cannot be reached, or holds a study of another
+      space under this name.
+  """
+
+  def __init__(
+    self,
+    table: Table,
+    storage: str | os.PathLike,
+    objectives: Sequence[str] = ('loss',),
+    *,
+    name: str = 'search',
+    sampler: str = 'nsga2',
+    first: int = 16,
+    known: Mapping[str, Callable[[Choice], float]] | None = None,
+    seed: int = 0,
+  ):
+    if sampler not in SAMPLERS:
+      raise ValueError(f'unknown sampler {sampler!r}; known: {SAMPLERS}')
+    if not objectives:
+      raise ValueError('a study needs at least one objective to minimize')
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    self.table, self.objectives = table, tuple(objectives)
+    self.sizes = {r.name: len(r.options) for r in table.rows}
+    self.worker = uuid.uuid4().hex
+    self._locks = _locks_of(storage)
+    made = self._sampler(sampler, first, dict(known or {}), seed)
+    shown = os.fspath(storage)
+    try:
+      self.study = optuna.create_study(
+        study_name=name,
+        storage=_storage(storage),
+        directions=['minimize'] * len(self.objectives),
+        sampler=made,
+        load_if_exists=True,
+      )
+      found = self.study.user_attrs.get('space')
+      if found is None:
+        self.study.set_user_attr('space', self._fingerprint())
+    except ValueError as error:
+      raise ValueError(
+        f'the study {name!r} in {shown!r} cannot be opened: {error}'
+      ) from error
+    except Exception as error:  # of the driver of any database
+      raise ValueError(
+        f'the storage {shown!r} cannot be reached '
+        f'({type(error).__name__}: {error}). Give a path that this user may '
+        'write to, or the URL of a database that runs'
+      ) from error
+    if found not in (None, self._fingerprint()):
+      raise ValueError(
+        f'the study {name!r} in {shown!r} is of another space: its rows, '
+        'options, model or objectives are not these. Give another name, or '
+        'the table that it was begun with'
+      )
+    self._lock = self._sign()
+
+  def run(
+    self,
+    measure: Callable[[Choice], float | Sequence[float]],
+    trials: int,
+    starts: Sequence[Choice] = (),
+  ) -> None:
+    """Measures choices until the study has this many finished trials.
+
+    What was begun by workers that are gone is taken up first. A measurement
+    that is NaN or infinite is recorded as failed, and is never best.
+
+    Args:
+      measure: the objectives of a choice, all to be small.
+      trials: finished trials in all, of all workers; failed ones count.
+      starts: choices to begin with, such as allocations; each once.
+    """
+    for choice in starts:
+      params = dict(zip(self.sizes, map(int, choice), strict=True))
+      self.study.enqueue_trial(params, skip_if_exists=True)
+
+    def objective(trial):
+      trial.set_user_attr('worker', self.worker)
+      choice = tuple(
+        trial.suggest_int(n, 0, k - 1) for n, k in self.sizes.items()
+      )
+      try:
+        found = measure(choice)
+      except Exception as error:
+        trial.set_user_attr('values', [repr(error)])
+        raise
+      values = [found] if isinstance(found, int | float) else list(found)
+      if not np.isfinite(values).all():
+        trial.set_user_attr('values', [str(v) for v in values])
+        values = [float('nan')] * len(values)
+      values = [float(v) for v in values]
+      return values if len(values) > 1 else values[0]
+
+    while self.counts()['finished'] < trials:
+      self.reclaim()
+      self.study.optimize(objective, n_trials=1)
+
+  def reclaim(self) -> int:
+    """Gives up what dead workers were measuring, and queues it again.
+
+    Of a database, whose workers may be anywhere, Optuna's heartbeat does it.
+
+    Returns:
+      How many trials were queued again.
+    """
+    if self._locks is None:
+      return 0
+    with open(self._locks / 'reclaim', 'w') as guard:
+      fcntl.flock(guard, fcntl.LOCK_EX)
+      storage, queued = self.study._storage, 0
+      trials = self.study.get_trials(deepcopy=False)
+      retried = {t.user_attrs.get('retry_of') for t in trials}
+      for t in trials:
+        if t.state == TrialState.RUNNING and self._dead(t):
+          storage.set_trial_user_attr(t._trial_id, 'killed', True)
+          self.study.tell(t.number, state=TrialState.FAIL)
+        elif not t.user_attrs.get('killed'):
+          continue
+        if t.number not in retried:
+          params = t.params or t.system_attrs.get('fixed_params', {})
+          self.study.enqueue_trial(params, {'retry_of': t.number})
+          queued += 1
+    return queued
+
+  def _dead(self, trial: Any) -> bool:
+    assert self._locks is not None
+    worker = trial.user_attrs.get('worker')
+    if worker is None:
+      begun = trial.datetime_start
+      return begun is not None and time.time() - begun.timestamp() > _UNSIGNED
+    path = self._locks / worker
+    if worker == self.worker or not path.exists():
+      return worker != self.worker
+    with open(path) as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+    return True
+
+  def counts(self) -> dict[str, int]:
+    """Every trial in exactly one of: complete, failed, killed, running,
+    waiting; and 'finished', those that were measured (complete or failed).
+    """
+    found = dict.fromkeys(
+      ('complete', 'failed', 'killed', 'running', 'waiting'), 0
+    )
+    for t in self.study.get_trials(deepcopy=False):
+      if t.state == TrialState.COMPLETE:
+        found['complete'] += 1
+      elif t.state == TrialState.RUNNING:
+        found['running'] += 1
+      elif t.state == TrialState.WAITING:
+        found['waiting'] += 1
+      elif t.user_attrs.get('killed') or 'values' not in t.user_attrs:
+        found['killed'] += 1
+      else:
+        found['failed'] += 1
+    return {**found, 'finished': found['complete'] + found['failed']}
+
+  def history(self) -> list[tuple[Choice, tuple[float, ...] | None]]:
+    """Finished trials in order; None where one failed."""
+    return [
+      (self._choice(t), tuple(t.values) if t.values else None)
+      for t in self.study.get_trials(deepcopy=False)
+      if t.state == TrialState.COMPLETE
+      or (t.state == TrialState.FAIL and 'values' in t.user_attrs)
+    ]
+
+  def best(self) -> list[tuple[Choice, tuple[float, ...]]]:
+    """Choices that none beats in all objectives, sorted by the first."""
+    found = {self._choice(t): tuple(t.values) for t in self.study.best_trials}
+    return sorted(found.items(), key=lambda pair: pair[1])
+
+  def _choice(self, trial: Any) -> Choice:
+    return tuple(trial.params[n] for n in self.sizes)
+
+  def _fingerprint(self) -> str:
+    rows = [[r.name, list(r.options)] for r in self.table.rows]
+    return runtime.fingerprint(
+      {
+        'rows': rows,
+        'model': self.table.model,
+        'objectives': list(self.objectives),
+      }
+    )
+
+  def _sampler(self, word, first, known, seed):
+    own = seed + int(self.worker[:7], 16)  # no two workers draw the same
+    if word == 'predicted':
+      exact = {self.objectives.index(n): f for n, f in known.items()}
+      inner: Any = samplers.Predicted(self.sizes, exact=exact, seed=own)
+    elif word == 'nsga2':
+      inner = optuna.samplers.NSGAIISampler(population_size=16, seed=own)
+    else:
+      inner = optuna.samplers.RandomSampler(own)
+    return samplers.Designed(self.sizes, first, inner, seed)
+
+  def _sign(self) -> Any:
+    """A file that stays locked as long as this process lives."""
+    if self._locks is None:
+      return None
+    lock = open(self._locks / self.worker, 'w')  # noqa: SIM115 (held open)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def _is_url(storage: str | os.PathLike) -> bool:
+  return '://' in os.fspath(storage)
+
+
+def _locks_of(storage: str | os.PathLike) -> pathlib.Path | None:
+  """The folder of the workers' locks beside a journal."""
+  if _is_url(storage):
+    return None
+  path = pathlib.Path(storage)
+  folder = path.with_name(path.name + '.workers')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f'the storage {os.fspath(storage)!r} cannot be reached ({error}). Give a '
+      'path that this user may write to, or the URL of a database that runs'
+    ) from error
+  return folder
+
+
+def _storage(storage: str | os.PathLike) -> Any:
+  if not _is_url(storage):
+    backend = journal.JournalFileBackend(os.fspath(storage))
+    return optuna.storages.JournalStorage(backend)
+  return optuna.storages.RDBStorage(
+    os.fspath(storage),
+    heartbeat_interval=20,
+    grace_period=60,
+    heartbeat_stale_trial_callback=(
+      optuna.storages.RetryHeartbeatStaleTrialCallback()
+    ),
+  )

@@ -1,0 +1,117 @@
+"""The launchers of sensitivity, search and refinement, on a small model."""
+
+import json
+
+import numpy as np
+import pytest
+
+import quantlab as ql
+from configs.search import digits, hawq_v3, minilm, resnet8, resnet20, stories
+from experiments import refine, search, sensitivity, spaces, variants
+from quantlab import models
+from quantlab.search import Table
+
+
+def small():
+  config = digits.get_config()
+  config.evaluation = 250
+  config.batches = 1
+  config.choices = (
+    ('head', {'weight': {'format': 'int8'}}),
+    ('/kernel$', tuple({'weight': {'format': f'int{b}'}} for b in (2, 4, 8))),
+  )
+  config.metrics = ('loss', 'similarity', 'kl', 'hessian', 'weight_error')
+  config.random_plans = 5
+  config.budgets = ('int4',)
+  config.allocations = (('kl', 'dp'), ('hessian', 'quadratic'), ('lrp', 'dp'))
+  config.encoders = ('rtn',)
+  return config
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('search')
+  config = small()
+  found = {
+    'search': search.run(config, folder / 'search'),
+    'refined': refine.run(config, folder / 'search', folder / 'journal', 9),
+  }
+  tables = (folder / 'search' / 'tables.json').read_text()
+  return folder, config, found, tables
+
+
+def test_plans_are_what_was_measured(folders):
+  folder, config, found, tables = folders
+  work = spaces.workload(config)
+  plans = json.loads((folder / 'search' / 'plan.json').read_text())
+  assert set(plans) == {'int4/uniform', 'int4/kl-dp', 'int4/hessian-quadratic'}
+  plan = ql.Plan.from_json(plans['int4/kl-dp'])
+  model = ql.ptq(work.apply, work.params, plan, work.calibration)
+  metrics = found['search']
+  assert model.nbytes == metrics['q/int4/kl-dp/rtn/0/nbytes']
+  assert model.nbytes <= metrics['q/int4/uniform/rtn/0/nbytes']
+  assert str(plan.sites['params/head/kernel'].rule.weight) == 'int8()'
+  table = Table.from_json(json.loads(tables)['kl'])
+  assert table.kept['params/head/kernel'].weight == ql.int8()
+  page = (folder / 'search' / 'report.html').read_text()
+  assert page.count('<img') == len(config.metrics) - 1 + 1
+  assert 'int4/hessian-quadratic' in page
+
+
+def test_the_same_command_resumes(folders):
+  folder, config, found, _ = folders
+  assert search.run(config, folder / 'search') == found['search']
+
+
+def test_refinement_measures_the_front(folders):
+  folder, _, found, _ = folders
+  rows = found['refined']
+  sizes = [r['bytes'] for r in rows]
+  assert sizes == sorted(sizes, reverse=True)
+  made = json.loads(
+    (folder / 'search' / 'refined' / '0' / 'plan.json').read_text()
+  )
+  assert ql.Plan.from_json(made).quantized
+
+
+def test_the_truth_and_what_is_near_it(tmp_path):
+  config = small()
+  config.metrics = ('kl', 'weight_error')
+  config.interactions = False
+  metrics = sensitivity.run(config, tmp_path / 'run')
+  assert -1 <= metrics['spearman/kl/all'] <= 1
+  truth = json.loads((tmp_path / 'run' / 'truth.json').read_text())
+  assert len(truth['joint']) == 5
+  assert len(truth['alone']) == 9
+  # Eight bits change the loss of one site less than two bits.
+  loss = np.array([v for v, _ in truth['alone']]).reshape(3, 3)
+  assert (np.abs(loss[:, 2]) < loss[:, 0]).all()
+  assert sensitivity.run(config, tmp_path / 'run') == metrics
+
+
+def test_hawq_is_solved_by_its_config(tmp_path):
+  metrics = search.run(hawq_v3.get_config(), tmp_path / 'run')
+  assert metrics['size/milp/objective'] == pytest.approx(-1.2332, abs=6e-5)
+  assert metrics['latency/dp/objective'] == pytest.approx(-1.1050, abs=6e-5)
+  with pytest.raises(variants.ConfigError, match='published numbers'):
+    sensitivity.run(hawq_v3.get_config(), tmp_path / 'other')
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+  'module', [resnet20, resnet8, stories, minilm], ids=lambda m: m.__name__
+)
+def test_spaces_of_the_configs_resolve(module):
+  config = module.get_config()
+  try:
+    work = models.workload(config.model, shapes_only=True)
+  except FileNotFoundError as error:
+    pytest.skip(str(error))
+  found = ql.search.space(
+    work.apply, work.params, spaces.choices(config), *work.example
+  )
+  assert len(found.rows) > 5
+  for option in config.budgets:
+    labels = {o for r in found.rows for o in r.options}
+    assert option in labels
+  assert spaces.metrics(config, work)

@@ -1,0 +1,202 @@
+"""Studies: workers that are killed, designs, predictors, what is refused."""
+
+import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip('optuna')
+
+from quantlab import search
+from quantlab.quality import functions
+from quantlab.search import predict, samplers, study
+
+ROWS, OPTIONS = 6, 4
+
+
+def table(model='', rows=ROWS):
+  rng = np.random.default_rng(0)
+  values = tuple(np.sort(rng.random(OPTIONS))[::-1] for _ in range(rows))
+  costs = tuple(np.array([2.0, 3, 4, 8]) for _ in range(rows))
+  named = tuple(search.Row(f'r{i}', ('2', '3', '4', '8')) for i in range(rows))
+  zero = tuple(np.zeros(OPTIONS) for _ in range(rows))
+  return search.Table(
+    named, values, zero, {'bytes': costs}, '', '', model=model
+  )
+
+
+TABLE = table()
+
+
+def loss(choice):
+  """Additive, but for two rows that harm each other."""
+  return TABLE.predict(choice) + 0.8 * (choice[0] == 0) * (choice[1] == 0)
+
+
+def both(choice):
+  return loss(choice), TABLE.cost(choice)
+
+
+WORKER = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from search import test_study as t
+def slow(choice):
+  print('measuring', flush=True)
+  time.sleep(float(sys.argv[3]))
+  return t.loss(choice)
+t.study.Study(t.TABLE, sys.argv[1], first=4).run(slow, 8)
+"""
+
+
+def start(path, pause):
+  tests = pathlib.Path(__file__).parents[1]
+  return subprocess.Popen(
+    [sys.executable, '-c', WORKER, str(path), str(tests), str(pause)],
+    stdout=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+  )
+
+
+def test_a_killed_worker_loses_nothing(tmp_path):
+  path = tmp_path / 'journal'
+  killed = start(path, 600)
+  assert killed.stdout.readline() == 'measuring\n'
+  mine = study.Study(TABLE, path, first=4)
+  assert mine.reclaim() == 0  # it is alive
+  assert mine.counts()['running'] == 1
+  os.kill(killed.pid, signal.SIGKILL)
+  killed.wait()
+  [lost] = mine.study.get_trials()
+  other = start(path, 0.01)
+  mine.run(loss, 8)
+  assert other.wait() == 0
+  counts = mine.counts()
+  assert counts['killed'] == 1
+  assert counts['complete'] >= 8
+  assert counts['running'] == counts['waiting'] == counts['failed'] == 0
+  trials = mine.study.get_trials()
+  assert sum(counts[k] for k in ('complete', 'killed')) == len(trials)
+  [again] = [t for t in trials if t.user_attrs.get('retry_of') == lost.number]
+  assert again.params == lost.params
+  assert again.value == loss(tuple(lost.params.values()))
+
+
+def test_what_is_nan_is_recorded_and_never_best(tmp_path):
+  made = study.Study(TABLE, tmp_path / 'journal', first=4)
+
+  def sometimes(choice):
+    return float('nan') if choice[0] < 2 else loss(choice)
+
+  made.run(sometimes, 12)
+  counts = made.counts()
+  assert counts['finished'] == 12
+  assert counts['failed'] > 0
+  failed = [c for c, v in made.history() if v is None]
+  assert len(failed) == counts['failed']
+  assert all(c[0] < 2 for c in failed)
+  [(choice, (value,))] = made.best()
+  assert choice[0] >= 2
+  assert value == min(v[0] for _, v in made.history() if v)
+
+
+def test_a_study_goes_on_where_it_was(tmp_path):
+  url = f'sqlite:///{tmp_path}/study.db'
+  starts = [(3,) * ROWS, (0,) * ROWS]
+  first = study.Study(TABLE, url, ('loss', 'bytes'), sampler='random', first=2)
+  first.run(both, 5, starts)
+  again = study.Study(TABLE, url, ('loss', 'bytes'), sampler='random', first=2)
+  again.run(both, 8, starts)
+  seen = [c for c, _ in again.history()]
+  assert len(seen) == 8
+  assert seen[:5] == [c for c, _ in first.history()][:5]
+  assert seen.count((3,) * ROWS) == 1  # a start is not measured again
+  front = again.best()
+  assert ((0,) * ROWS) in [c for c, _ in front]  # the cheapest
+  for (_, a), (_, b) in itertools.pairwise(front):
+    assert a[0] < b[0]
+    assert a[1] > b[1]
+
+
+def test_what_cannot_be_is_said(tmp_path):
+  path = tmp_path / 'journal'
+  study.Study(TABLE, path)
+  with pytest.raises(ValueError, match='is of another space'):
+    study.Study(table(model='abc'), path)
+  with pytest.raises(ValueError, match='is of another space'):
+    study.Study(table(rows=5), path)
+  with pytest.raises(ValueError, match='cannot be'):
+    study.Study(TABLE, path, ('loss', 'bytes'))
+  study.Study(TABLE, path, ('loss', 'bytes'), name='two')
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='cannot be reached'):
+    study.Study(TABLE, tmp_path / 'file' / 'journal')
+  with pytest.raises(ValueError, match='cannot be reached'):
+    study.Study(TABLE, 'sqlite:////nowhere/at/all.db')
+  with pytest.raises(ValueError, match="unknown sampler 'tpe'"):
+    study.Study(TABLE, path, sampler='tpe')
+
+
+def hypervolume(points, corner):
+  """Area that is beaten, of two objectives to minimize."""
+  area, ceiling = 0.0, corner[1]
+  for x, y in sorted(points):
+    if x < corner[0] and y < ceiling:
+      area += (corner[0] - x) * (ceiling - y)
+      ceiling = y
+  return area
+
+
+def test_predictors_find_a_better_front_with_as_many_measurements(tmp_path):
+  """SimQ-NAS against a random search; mean of three seeds."""
+  areas = {'predicted': [], 'random': []}
+  for sampler, seed in [(s, k) for s in areas for k in range(3)]:
+    made = study.Study(
+      TABLE,
+      tmp_path / f'{sampler}{seed}',
+      ('loss', 'bytes'),
+      sampler=sampler,
+      first=12,
+      known={'bytes': TABLE.cost},
+      seed=seed,
+    )
+    made.run(both, 24)
+    points = [v for _, v in made.best()]
+    areas[sampler].append(hypervolume(points, (4.0, 48.0)))
+  assert np.mean(areas['predicted']) > 1.05 * np.mean(areas['random'])
+
+
+def test_a_design_fills_the_space_evenly():
+  sizes = {f'r{i}': 4 for i in range(5)}
+  made = samplers.Designed(sizes, 16, None, seed=3)
+  for column in made.design.T:  # every option as often as any other
+    np.testing.assert_array_equal(np.bincount(column), 4)
+
+
+def test_a_transferred_predictor_needs_fewer_measurements():
+  """APQ: rank correlation on what was not measured, five draws."""
+  rng = np.random.default_rng(1)
+  weights = rng.random((8, 4))
+  sizes = [4] * 8
+  choices = rng.integers(0, 4, (400, 8))
+  x = predict.one_hot(choices, sizes)
+  old = np.array([weights[range(8), c].sum() for c in choices])
+  new = 2 * old + 0.3 * np.array([weights[range(8), c][0] for c in choices])
+  source = predict.ridge().fit(x[:200], old[:200])
+  gained = []
+  for k in range(5):
+    few = slice(200 + 12 * k, 212 + 12 * k)
+    moved = predict.Transferred(source).fit(x[few], new[few])
+    fresh = predict.ridge().fit(x[few], new[few])
+    rest = slice(300, 400)
+    gained.append(
+      functions.spearman(moved.predict(x[rest]), new[rest])
+      - functions.spearman(fresh.predict(x[rest]), new[rest])
+    )
+  assert min(gained) > 0.1
