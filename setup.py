@@ -21,6 +21,7 @@ INSTALL = [
   'orbax-checkpoint>=0.12',
   'rich>=13',
   'scikit-learn>=1.5',
+  'scipy>=1.13',
   'tensorboardX>=2.6',
   'tensorflow-datasets>=4.9.10',
 ]
@@ -41,6 +42,7 @@ EXTRAS = {
     'mypy>=1.15',
     'nbclient>=0.10',
     'nbformat>=5.10',
+    'optuna>=5',
     'pytest>=8',
     'pytest-xdist>=3.6',
     'ruff>=0.12',

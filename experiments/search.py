@@ -90,7 +90,9 @@ def allocations(
     for metric, method in config.allocations:
       if metric not in tables:
         continue
-      table = tables[metric].floored()
+      table = tables[metric]
+      if metric not in ('lrp', 'sqnr'):  # whose zero means nothing
+        table = table.floored()
       if method != 'quadratic' and table.interactions is not None:
         # The others know sums alone.
         table = search.additive(table)
