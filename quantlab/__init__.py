@@ -79,8 +79,8 @@ from quantlab.recipe import rule as rule
 from quantlab.rewrites import fake_quantized as fake_quantized
 from quantlab.rewrites import observe as observe
 from quantlab.rewrites import quantized as quantized
-from quantlab.search import allocate as allocate
-from quantlab.search import sensitivity as sensitivity
+from quantlab.search.allocate import allocate as allocate
+from quantlab.search.sensitivity import sensitivity as sensitivity
 from quantlab.sqnr import site_sqnr as site_sqnr
 
 __all__ = [name for name in dir() if not name.startswith('_')]

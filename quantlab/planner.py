@@ -29,7 +29,7 @@ from quantlab.recipe import recipe as as_recipe
 def plan(
   apply: Callable,
   params: Any,
-  recipe: Recipe | Mapping[str, Any],
+  recipe: Recipe | Mapping[str, Any] | Any,
   *args: Any,
   **kwargs: Any,
 ) -> Plan:

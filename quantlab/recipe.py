@@ -221,9 +221,7 @@ def _names(sites: Sequence[Site], limit: int = 12) -> str:
   return ', '.join(ids[:limit]) + more
 
 
-def recipe(
-  rules: Mapping[str, Any] | Recipe, *, strict: bool | None = None
-) -> Recipe:
+def recipe(rules: Any, *, strict: bool | None = None) -> Recipe:
   """An ordered recipe from `{pattern: quantizer | rule | None}`.
 
   Args:

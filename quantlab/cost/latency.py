@@ -42,8 +42,8 @@ class LatencyTable:
     then the quantizers of both operands.
     """
     rule = site.rule
-    first = rule and (rule.weight or rule.lhs)
-    second = rule and (rule.input or rule.rhs)
+    first = (rule.weight or rule.lhs) if rule else None
+    second = (rule.input or rule.rhs) if rule else None
     loops = math.prod(site.loops)
     if site.matrix:
       k, n = site.matrix[-2:]

@@ -40,7 +40,7 @@ from quantlab.runtime import files
 def ptq(
   apply: Callable,
   params: Any,
-  recipe: Recipe | Mapping[str, Any],
+  recipe: Recipe | Mapping[str, Any] | Any,
   batches: Iterable[Any],
   transform: Member | Sequence[Member] = (),
   *,

@@ -64,8 +64,8 @@ def sensitivity_bars(ax: Axes, table: Any) -> Axes:
 
 def front(
   ax: Axes,
-  costs: Sequence[float],
-  values: Sequence[float],
+  costs: np.ndarray,
+  values: np.ndarray,
   points: Mapping[str, tuple[float, float]],
   cost: str = 'bytes',
   value: str = 'predicted',

@@ -34,12 +34,12 @@ def batch_norms(apply: Callable, params: Any, *args: Any) -> Statistics:
   """
   traced, leaves, _ = tracing.Tracer(apply)(params, args, {})
   sites = {
-    s.id: s
+    s.id: (s, s.fold)
     for s in traced.analysis.sites
     if s.fold is not None and s.side is not None and not s.loops
   }
   chosen = frozenset(sites)
-  involved = {i: leaves[i] for s in sites.values() for i in s.fold.leaves}
+  involved = {i: leaves[i] for _, f in sites.values() for i in f.leaves}
 
   def maps(changed):
     values = [changed.get(i, x) for i, x in enumerate(leaves)]
@@ -47,10 +47,10 @@ def batch_norms(apply: Callable, params: Any, *args: Any) -> Statistics:
 
   raw = known.weights(traced, leaves, chosen, frozenset())
   found: Statistics = {}
-  for name, site in sites.items():
+  for name, (site, fold) in sites.items():
     moved = {
       i: jax.jvp(maps, (involved,), (_only(involved, i),))[1][name]
-      for i in site.fold.leaves
+      for i in fold.leaves
     }
     folded = maps({})[name]['weight']
     stats = _statistics(site, raw[name]['weight'], folded, moved, leaves)

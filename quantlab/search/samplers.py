@@ -12,6 +12,7 @@ from scipy.stats import qmc
 from quantlab.search import predict
 
 Choice = tuple[int, ...]
+_POPULATION = 20  # of the search on predictors
 
 
 class Designed(optuna.samplers.BaseSampler):
@@ -94,7 +95,7 @@ class Predicted(optuna.samplers.BaseSampler):
     sizes: Mapping[str, int],
     make: Callable[[], predict.Predictor] = predict.boosted,
     exact: Mapping[int, Callable[[Choice], float]] | None = None,
-    evaluations: int = 300,
+    evaluations: int = 200,
     seed: int = 0,
   ):
     self.sizes = dict(sizes)
@@ -144,24 +145,26 @@ class Predicted(optuna.samplers.BaseSampler):
       for j in range(values.shape[1])
     ]
 
-    def score(trial):
-      pick = tuple(
-        trial.suggest_int(n, 0, k - 1) for n, k in self.sizes.items()
-      )
-      one = predict.one_hot(np.array([pick]), sizes)
-      return [
-        self.exact[j](pick) if f is None else float(f.predict(one)[0])
-        for j, f in enumerate(fitted)
-      ]
-
     inner = optuna.create_study(
       directions=study.directions,
       sampler=optuna.samplers.NSGAIISampler(
-        population_size=30, seed=int(self.rng.integers(2**31))
+        population_size=_POPULATION, seed=int(self.rng.integers(2**31))
       ),
     )
     for t in study.best_trials[:10]:  # begin at what is known to be good
       inner.enqueue_trial(t.params)
-    inner.optimize(score, n_trials=self.evaluations)
+    space = self.infer_relative_search_space(study, None)
+    for _ in range(max(1, self.evaluations // _POPULATION)):
+      asked = [inner.ask(space) for _ in range(_POPULATION)]
+      picks = np.array([[t.params[n] for n in names] for t in asked])
+      x = predict.one_hot(picks, sizes)
+      columns = [
+        [self.exact[j](tuple(map(int, p))) for p in picks]
+        if f is None
+        else f.predict(x)
+        for j, f in enumerate(fitted)
+      ]
+      for t, *found in zip(asked, *columns, strict=True):
+        inner.tell(t, [float(v) for v in found])
     best: Sequence[Any] = inner.best_trials
     return list(dict.fromkeys(tuple(t.params[n] for n in names) for t in best))

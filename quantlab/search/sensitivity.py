@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,30 +28,12 @@ METRICS = (
 Entries = list[tuple[float, float]]
 
 
-@overload
 def sensitivity(
   apply: Callable,
   params: Any,
   choices: Mapping[str, Any],
   batches: Iterable[Any],
-  metric: str = ...,
-  **options: Any,
-) -> Table: ...
-@overload
-def sensitivity(
-  apply: Callable,
-  params: Any,
-  choices: Mapping[str, Any],
-  batches: Iterable[Any],
-  metric: Sequence[str],
-  **options: Any,
-) -> dict[str, Table]: ...
-def sensitivity(
-  apply,
-  params,
-  choices,
-  batches,
-  metric='kl',
+  metric: str | Sequence[str] = 'kl',
   *,
   task: metrics.Metric = metrics.unlabelled,
   of: str | None = None,
@@ -63,7 +45,7 @@ def sensitivity(
   probes: int = 64,
   iterations: int = 50,
   tolerance: float = 1e-3,
-):
+) -> Any:
   """A table of sites and formats, with standard errors.
 
     table = ql.sensitivity(
@@ -110,6 +92,9 @@ def sensitivity(
     probes: Hutchinson's, for each batch.
     iterations: of the power method at most.
     tolerance: relative change of the eigenvalue at which it ends.
+
+  Returns:
+    A `search.Table`, or `{metric: Table}` where several are asked for.
 
   Raises:
     ValueError: an unknown metric, or one that the task has not; nothing to

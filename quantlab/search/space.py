@@ -241,7 +241,7 @@ def _matched(ids: Sequence[str], ties) -> list[list[str]]:
   found = []
   for group in ties:
     words = [group] if isinstance(group, str) else list(group)
-    hits = []
+    hits: list[str] = []
     for word in words:
       match = [word] if word in ids else [k for k in ids if re.search(word, k)]
       if not match:

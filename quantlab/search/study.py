@@ -13,6 +13,7 @@ import os
 import pathlib
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -276,11 +277,14 @@ def _storage(storage: str | os.PathLike) -> Any:
   if not _is_url(storage):
     backend = journal.JournalFileBackend(os.fspath(storage))
     return optuna.storages.JournalStorage(backend)
-  return optuna.storages.RDBStorage(
-    os.fspath(storage),
-    heartbeat_interval=20,
-    grace_period=60,
-    heartbeat_stale_trial_callback=(
-      optuna.storages.RetryHeartbeatStaleTrialCallback()
-    ),
-  )
+  with warnings.catch_warnings():
+    # Optuna says of its own heartbeat that it may change.
+    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+    return optuna.storages.RDBStorage(
+      os.fspath(storage),
+      heartbeat_interval=20,
+      grace_period=60,
+      heartbeat_stale_trial_callback=(
+        optuna.storages.RetryHeartbeatStaleTrialCallback()
+      ),
+    )

@@ -171,13 +171,13 @@ def interactions(
   those blocks are zero.
   """
   rows, size = expansion.rows(), expansion.size
-  found = []
+  found: list[np.ndarray] = []
   for i, batch in enumerate(track(batches, 'interactions')):
     inputs, targets = split(batch, expansion.task.targets, i)
-    h = [
+    each = [
       rows(expansion.program.params, e, inputs, targets) for e in jnp.eye(size)
     ]
-    found.append(np.asarray(jnp.stack(h), float))
+    found.append(np.asarray(jnp.stack(each), float))
   h = np.stack(found)
   h = (h + np.swapaxes(h, 1, 2)) / 2
   spread = h.std(0, ddof=1) / np.sqrt(len(h)) if len(h) > 1 else h[0] * np.nan

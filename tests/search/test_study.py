@@ -131,7 +131,7 @@ def test_what_cannot_be_is_said(tmp_path):
     study.Study(table(model='abc'), path)
   with pytest.raises(ValueError, match='is of another space'):
     study.Study(table(rows=5), path)
-  with pytest.raises(ValueError, match='cannot be'):
+  with pytest.raises(ValueError, match='is of another space'):
     study.Study(TABLE, path, ('loss', 'bytes'))
   study.Study(TABLE, path, ('loss', 'bytes'), name='two')
   (tmp_path / 'file').write_text('')
@@ -154,19 +154,19 @@ def hypervolume(points, corner):
 
 
 def test_predictors_find_a_better_front_with_as_many_measurements(tmp_path):
-  """SimQ-NAS against a random search; mean of three seeds."""
+  """SimQ-NAS against a random search; mean of two seeds."""
   areas = {'predicted': [], 'random': []}
-  for sampler, seed in [(s, k) for s in areas for k in range(3)]:
+  for sampler, seed in [(s, k) for s in areas for k in range(2)]:
     made = study.Study(
       TABLE,
       tmp_path / f'{sampler}{seed}',
       ('loss', 'bytes'),
       sampler=sampler,
-      first=12,
+      first=10,
       known={'bytes': TABLE.cost},
       seed=seed,
     )
-    made.run(both, 24)
+    made.run(both, 20)
     points = [v for _, v in made.best()]
     areas[sampler].append(hypervolume(points, (4.0, 48.0)))
   assert np.mean(areas['predicted']) > 1.05 * np.mean(areas['random'])
