@@ -33,7 +33,7 @@ def ridge(alpha: float = 1.0) -> Predictor:
 def boosted(seed: int = 0) -> Predictor:
   """Boosted trees, as Quantune has them (arXiv 2202.05048)."""
   return ensemble.HistGradientBoostingRegressor(
-    max_iter=100, max_depth=3, min_samples_leaf=3, random_state=seed
+    max_iter=50, max_depth=3, min_samples_leaf=3, random_state=seed
   )
 
 

@@ -166,7 +166,7 @@ def test_predictors_find_a_better_front_with_as_many_measurements(tmp_path):
       known={'bytes': TABLE.cost},
       seed=seed,
     )
-    made.run(both, 20)
+    made.run(both, 18)
     points = [v for _, v in made.best()]
     areas[sampler].append(hypervolume(points, (4.0, 48.0)))
   assert np.mean(areas['predicted']) > 1.05 * np.mean(areas['random'])
