@@ -1,15 +1,16 @@
 r"""Sensitivity of every site to every format, by every metric, and the truth.
 
   python -m experiments.sensitivity --config=configs/search/digits.py \
-    --workdir=runs/sensitivity_digits
+    --workdir=runs/search_digits
 
 Measures the tables of the config's metrics on its first labelled batches, then
 on the others the true change of loss of quantizing one site, and of
 `random_plans` random plans. Prints Spearman's rank correlation of every metric
 with the truth (bootstrap intervals over sites and options), and how much of
 the loss of random plans the sums of entries explain, with and without
-interactions. The workdir gets config.json, manifest.json, tables.json (what
-`experiments.search` reads too), truth.json, metrics.json and report.html.
+interactions. The workdir gets config.json, manifest.json, tables.json,
+truth.json, sensitivity.json and sensitivity.html; `experiments.search` may have
+the same one, and then measures no table again.
 """
 
 import sys
@@ -60,7 +61,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
       for k, v in r.items()
       if k != 'table'
     }
-    folder.write_json('metrics.json', metrics)
+    folder.write_json('sensitivity.json', metrics)
     report.print_rows(rows)
     report.print_rows(explained)
     page = report.render_search(
@@ -71,7 +72,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
       },
       {n: _bars(t) for n, t in tables.items()},
     )
-    folder.write_text('report.html', page)
+    folder.write_text('sensitivity.html', page)
     return metrics
 
 

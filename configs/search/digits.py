@@ -1,7 +1,7 @@
 r"""Mixed precision of the small CNN on digits.
 
   python -m experiments.sensitivity \
-    --config=configs/search/digits.py --workdir=runs/sensitivity_digits
+    --config=configs/search/digits.py --workdir=runs/search_digits
   python -m experiments.search \
     --config=configs/search/digits.py --workdir=runs/search_digits
 

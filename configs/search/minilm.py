@@ -1,7 +1,7 @@
 r"""Mixed precision of MiniLM: weights of 2 to 8 bits in groups of 64.
 
   QUANTLAB_DATA=... python -m experiments.sensitivity \
-    --config=configs/search/minilm.py --workdir=runs/sensitivity_minilm
+    --config=configs/search/minilm.py --workdir=runs/search_minilm
   QUANTLAB_DATA=... python -m experiments.search \
     --config=configs/search/minilm.py --workdir=runs/search_minilm
 

@@ -1,7 +1,7 @@
 r"""Mixed precision of CIFAR-10 ResNet-20: weights of 2 to 8 bits, per channel.
 
   QUANTLAB_DATA=... python -m experiments.sensitivity \
-    --config=configs/search/resnet20.py --workdir=runs/sensitivity_resnet20
+    --config=configs/search/resnet20.py --workdir=runs/search_resnet20
   QUANTLAB_DATA=... python -m experiments.search \
     --config=configs/search/resnet20.py --workdir=runs/search_resnet20
 

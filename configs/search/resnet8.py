@@ -1,7 +1,7 @@
 r"""Mixed precision of ResNet-8: weights of 2 to 8 bits, per channel.
 
   QUANTLAB_DATA=... python -m experiments.sensitivity \
-    --config=configs/search/resnet8.py --workdir=runs/sensitivity_resnet8
+    --config=configs/search/resnet8.py --workdir=runs/search_resnet8
   QUANTLAB_DATA=... python -m experiments.search \
     --config=configs/search/resnet8.py --workdir=runs/search_resnet8
 

@@ -1,7 +1,7 @@
 r"""Mixed precision of stories260K: weights of 2 to 8 bits in groups of 32.
 
   QUANTLAB_DATA=... python -m experiments.sensitivity \
-    --config=configs/search/stories.py --workdir=runs/sensitivity_stories
+    --config=configs/search/stories.py --workdir=runs/search_stories
   QUANTLAB_DATA=... python -m experiments.search \
     --config=configs/search/stories.py --workdir=runs/search_stories
 
