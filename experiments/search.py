@@ -176,7 +176,7 @@ def _page(config, tables, found, rows) -> str:
   for metric, table in tables.items():
     plain = search.additive(table)
     front = search.pareto(plain)
-    figure = plots.figure(9, 3.6)
+    figure = plots.figure(9, max(3.6, 0.5 + 0.17 * len(found)))
     points = {
       n: (a.costs['bytes'], plain.predict(a.choice)) for n, a in found.items()
     }

@@ -94,8 +94,9 @@ def front(
       label=plots.literal(name),
       zorder=3,
     )
-  if len(values) and min(values) > 0 and all(y > 0 for _, y in points.values()):
-    ax.set_yscale('log')
+  top = max([*values, *(y for _, y in points.values())])
+  if top > 0:  # a few very bad choices would hide all others
+    ax.set_yscale('symlog', linthresh=1e-4 * top)
   ax.set_xlabel(cost)
   ax.set_ylabel(value)
   ax.grid(alpha=0.25)
