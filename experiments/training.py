@@ -245,20 +245,11 @@ def losses(made: Trainee) -> Callable[..., tuple[jax.Array, Any]]:
     value = task.loss(found, *targets)
     if variant.distill:
       share, t = variant.distill['weight'], variant.distill['temperature']
-      told = kd(found, task.apply(teacher, *inputs), temperature=t)
+      told = ql.distill.kd(found, task.apply(teacher, *inputs), temperature=t)
       value = (1 - share) * value + share * told
     return value, settle
 
   return loss
-
-
-def kd(
-  student: jax.Array, teacher: jax.Array, *, temperature: float
-) -> jax.Array:
-  """T^2 KL(teacher || student) of softmaxes at temperature T, in nats."""
-  log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
-  log_q = jax.nn.log_softmax(student / temperature)
-  return temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
 
 def starts(

@@ -4,11 +4,10 @@ import importlib.util
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 
-from experiments import optimizers, qat, tasks, training, variants
+from experiments import optimizers, qat, tasks, variants
 from quantlab import data
 
 _CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'qat'
@@ -125,21 +124,3 @@ def test_decay_without_an_optimizer_that_decays():
     optimizers.make(
       {'name': 'adam', 'learning_rate': 1.0, 'weight_decay': 0.1}, 1, 'weight'
     )
-
-
-def test_distillation_is_the_divergence_at_a_temperature():
-  """Against NumPy; nothing to learn from oneself."""
-  rng = np.random.RandomState(0)
-  s, t = rng.normal(size=(2, 5, 7)).astype(np.float32)
-
-  def softmax(x):
-    e = np.exp(x / 3)
-    return e / e.sum(-1, keepdims=True)
-
-  p, q = softmax(t), softmax(s)
-  expected = 9 * (p * np.log(p / q)).sum(-1).mean()
-  np.testing.assert_allclose(
-    training.kd(s, t, temperature=3.0), expected, rtol=1e-5
-  )
-  gradient = jax.grad(lambda x: training.kd(x, t, temperature=3.0))(t)
-  np.testing.assert_allclose(gradient, 0, atol=1e-6)
