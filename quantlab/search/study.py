@@ -14,6 +14,7 @@ import pathlib
 import time
 import uuid
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ class Study:
     sampler: 'nsga2', 'predicted' (NSGA-II on boosted trees) or 'random'.
     first: trials of a Sobol design before the sampler's own.
     known: objectives that need no measurement to predict: `choice -> value`.
-    seed: of the design and, with each worker's own, of the sampler.
+    seed: of the design and, with the worker's name, of the sampler.
+    worker: name of this worker among those of the study, none twice; a random
+      one by default. With a name one worker's draws are repeatable.
 
   Raises:
     ValueError: the storage cannot be reached, or holds a study of another
@@ -61,6 +64,7 @@ class Study:
     first: int = 16,
     known: Mapping[str, Callable[[Choice], float]] | None = None,
     seed: int = 0,
+    worker: str | None = None,
   ):
     if sampler not in SAMPLERS:
       raise ValueError(f'unknown sampler {sampler!r}; known: {SAMPLERS}')
@@ -69,7 +73,7 @@ class Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     self.table, self.objectives = table, tuple(objectives)
     self.sizes = {r.name: len(r.options) for r in table.rows}
-    self.worker = uuid.uuid4().hex
+    self.worker = worker or uuid.uuid4().hex
     self._locks = _locks_of(storage)
     made = self._sampler(sampler, first, dict(known or {}), seed)
     shown = os.fspath(storage)
@@ -234,7 +238,8 @@ class Study:
     )
 
   def _sampler(self, word, first, known, seed):
-    own = seed + int(self.worker[:7], 16)  # no two workers draw the same
+    # No two workers draw the same.
+    own = seed + zlib.crc32(self.worker.encode()) % 2**28
     if word == 'predicted':
       exact = {self.objectives.index(n): f for n, f in known.items()}
       inner: Any = samplers.Predicted(self.sizes, exact=exact, seed=own)
