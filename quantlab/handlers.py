@@ -143,10 +143,7 @@ def as_seen(plan: Plan, site: Any, x: Any, state: Mapping[str, Any]) -> Any:
   rule = plan.sites[site.id].rule
   if rule is None or rule.input is None:
     return x
-  given = _need(site.id, 'input', rule.input, state)
-  return ops.fake_quantize_activation(
-    x, rule.input, site.dims, 'input', given, state.get('input', {}).get('bits')
-  )
+  return _simulated(site, 'input', x, rule.input, state, straight_through)
 
 
 def computing(site, lhs, rhs, default, state):

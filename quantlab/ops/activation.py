@@ -67,7 +67,6 @@ def fake_quantize_activation(
   dims: Dims,
   role: str,
   qparams: QParams | None = None,
-  bits: jax.Array | None = None,
 ) -> jax.Array:
   """Simulates a quantized operand; shape and dtype are kept.
 
@@ -77,11 +76,10 @@ def fake_quantize_activation(
     dims: roles of the product's axes.
     role: 'input', 'lhs', 'rhs' or 'output'.
     qparams: calibrated parameters, for a static quantizer.
-    bits: traced bit-width, instead of the quantizer's own.
   """
 
   def f(matrix, axis):
-    return core.fake_quantize(matrix, quantizer, qparams, axis=axis, bits=bits)
+    return core.fake_quantize(matrix, quantizer, qparams, axis=axis)
 
   return on_units(x, quantizer, dims, role, f)
 

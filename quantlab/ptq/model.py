@@ -6,8 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from quantlab import rewrites
 from quantlab.core import tree as tree_lib
+from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
 
 
@@ -35,6 +39,18 @@ class Quantized:
   def nbytes(self) -> int:
     """Bytes of everything that is stored."""
     return tree_lib.nbytes(self.params)
+
+
+def stored(params: Any, plan: Plan, values: Mapping[str, Any]) -> Any:
+  """The user's tree with codes, by path, and without dropped parameters."""
+
+  def one(path, leaf):
+    name = tree_lib.path_str(path)
+    if name in plan.dropped:
+      return Dropped(tuple(jnp.shape(leaf)), str(jnp.result_type(leaf)))
+    return values.get(name, leaf)
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def restore(apply: Callable, params: Any, plan: Plan | Mapping) -> Quantized:

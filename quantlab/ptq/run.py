@@ -14,13 +14,11 @@ from etils import epath
 from quantlab import rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
-from quantlab.core.tree import path_str
 from quantlab.graph import tracing
-from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
 from quantlab.planner import make as make_plan
 from quantlab.ptq import walk
-from quantlab.ptq.model import Quantized
+from quantlab.ptq.model import Quantized, stored
 from quantlab.ptq.resume import Checkpoints, fingerprints
 from quantlab.ptq.rtn import rtn
 from quantlab.ptq.streams import Store
@@ -151,22 +149,10 @@ def _variables(context: Context, encoded: walk.Encoded) -> dict[str, Any]:
   biases = {k: {'bias': v} for k, v in encoded.biases.items()}
   values = {**encoded.params, **encoded.leaves}
   return {
-    'weights': _replace(context.params, context.plan, values),
+    'weights': stored(context.params, context.plan, values),
     'sites': _merged(context.state, folds, biases),
     'effective': encoded.effective,
   }
-
-
-def _replace(params: Any, made: Plan, values: Mapping[str, Any]) -> Any:
-  """The user's tree with codes and without dropped parameters."""
-
-  def one(path, leaf):
-    name = path_str(path)
-    if name in made.dropped:
-      return Dropped(tuple(jnp.shape(leaf)), str(jnp.result_type(leaf)))
-    return values.get(name, leaf)
-
-  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _check_key(key: Any) -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from quantlab import rewrites
-from quantlab.core.tree import named_leaves, path_str
-from quantlab.graph.values import Dropped
-from quantlab.ptq.model import Quantized
+from quantlab.core.tree import named_leaves
+from quantlab.ptq.model import Quantized, stored
 from quantlab.qat.estimators import need_leaves
 from quantlab.qat.start import KEPT, Tracing
 
@@ -56,14 +53,8 @@ def freeze(
     for name, storage in plan.effective.items()
   }
 
-  def one(path, leaf):
-    name = path_str(path)
-    if name in plan.dropped:
-      return Dropped(tuple(jnp.shape(leaf)), str(jnp.result_type(leaf)))
-    return coded.get(name, leaf)
-
   variables = {
-    'weights': jax.tree_util.tree_map_with_path(one, params),
+    'weights': stored(params, plan, coded),
     'sites': _ranges(plan, by_role, state, found),
     'effective': effective,
   }
