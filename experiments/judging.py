@@ -15,6 +15,7 @@ from experiments import decoding, training
 from quantlab import quality, report, runtime
 from quantlab.core import named_leaves
 from quantlab.models import llama
+from quantlab.qat.start import thawed
 
 # A frozen model adds up integers, a simulated one floats: now and then a value
 # between two codes goes to the other one, and one of 8 bits moves an output by
@@ -57,7 +58,8 @@ def judge(
   values = summary(rows)
   weights = trained[0]['weights']
   values |= {
-    'parameters': sum(x.size for x in jax.tree.leaves(weights)),
+    'parameters': _count(jax.eval_shape(made.task.init, jax.random.key(0))),
+    'trained_parameters': _trained(made, trained[0]),
     'steps': made.variant.steps,
     'nbytes': ql.nbytes(weights) if model is None else model.nbytes,
     'bits_per_weight': 32.0
@@ -70,10 +72,25 @@ def judge(
   if made.task.step is not None and config['tokens']:
     values |= speed(made, model, weights, config['tokens'])
   if model is not None:
-    _keep(folder, name, made, model, weights, config)
+    # Adapters leave no float weights to compare the model's with.
+    compared = base[1][0] if made.variant.lora else weights
+    _keep(folder, name, made, model, compared, config)
   by_seed = dict(zip(map(str, config['seeds']), rows, strict=True))
   folder.update_json('seeds.json', name, by_seed)
   folder.metrics.record(head, values)
+
+
+def _count(tree: Any) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def _trained(made: training.Trainee, variables: training.Variables) -> int:
+  """How many numbers training moves."""
+  named = training.labels(made, variables)
+  moved = jax.tree.map(
+    lambda label, x: x if label != 'state' else None, named, variables
+  )
+  return _count(moved)
 
 
 def _starts(curves: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -255,13 +272,10 @@ def overflow(
   for name, leaf in named_leaves(variables):
     if _is_float(leaf) and not np.isfinite(leaf).all():
       return f'the variable {name!r} is not finite'
-  _, found = jax.jit(ql.observe(task.apply, _Finite()))(
-    variables['weights'], *inputs
-  )
+  weights = thawed(variables)  # floats, of an adapted base too
+  _, found = jax.jit(ql.observe(task.apply, _Finite()))(weights, *inputs)
   # In the order of the program, which a jitted function's dict has lost.
-  plan = made.plan or ql.plan(
-    task.apply, variables['weights'], {'.': ql.int8()}, *inputs
-  )
+  plan = made.plan or ql.plan(task.apply, weights, {'.': ql.int8()}, *inputs)
   for name in (n for n in plan.sites if n in found):
     fine = jax.tree.map(lambda x: bool(np.all(x)), found[name])
     if not fine['inputs']:

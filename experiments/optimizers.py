@@ -45,7 +45,8 @@ def make(
       clip: largest norm of the gradient of the weights;
       options: the optimizer's own, such as {'b2': 0.95}.
     steps: updates in all.
-    labels: 'weight', 'step' or 'state' of every leaf.
+    labels: 'weight', 'step', 'adapter' or 'state' of every leaf; adapters
+      move as weights do.
 
   Raises:
     ConfigError: something unknown.
@@ -92,6 +93,7 @@ def _make(
   return optax.multi_transform(
     {
       'weight': weights,
+      'adapter': weights,
       'step': build(ranges, 0.0, None, **(options or {})),
       'state': optax.set_to_zero(),
     },

@@ -158,11 +158,9 @@ def _train_seeds(folder, config, made, seeds, floats, mesh):
     )
     for seed in seeds
   ]
-  state, optimizer = training.begin(made, training.starts(made, seeds, floats))
+  state, update = training.begin(made, training.starts(made, seeds, floats))
   teacher = loop.placed(training.stack(floats), mesh) if floats else ()
-  update = loop.compiled(
-    loop.updater(training.losses(made), optimizer), mesh, runs
-  )
+  update = loop.compiled(update, mesh, runs)
   identity = {
     'task': config.task,
     'variant': vars(variant),

@@ -37,7 +37,8 @@ class Task:
     fields: of the rows, where they are records.
     augment: see `data.Draws`.
     preprocess: arrays of a training batch -> inputs and targets.
-    train_apply: `(params, *inputs) -> (outputs, params)` in training mode.
+    train_apply: `(params, *inputs, live) -> (outputs, params)`: in training
+      mode where `live` is true, a traced bool, and else as `apply`.
     running: pattern of the paths of parameters that are running statistics.
     step: decodes a language model token by token, see `llama.step`.
     sizes: of that model.
@@ -211,6 +212,44 @@ def bitnet_vit(
   )
 
 
+# Sentences --------------------------------------------------------------------
+
+
+def minilm_sts(longest: int = 24) -> Task:
+  """The pretrained MiniLM-L6 on STS-B: the cosine of a pair is its score.
+
+  Trained on the pairs whose sentences have at most `longest` tokens.
+  """
+  work = models.workload('minilm')
+  source = data.load_set('stsb', 'train')
+  names = ('ids', 'length', 'score')
+  ids, length, score = batches.rows(source, names).take(np.arange(len(source)))
+  short = length.max(1) <= longest
+  if not short.any():
+    raise variants.ConfigError(
+      f'{longest=}: the shortest pair has {length.max(1).min()} tokens.'
+    )
+
+  def prepare(ids, length, score):
+    mask = np.arange(longest) < length[..., None]
+    return ids[..., :longest].astype(np.int32), mask, score
+
+  def loss(embeddings, score):
+    found = quality.cosine(embeddings[:, 0], embeddings[:, 1])
+    return jnp.square(found - score / 5).mean()
+
+  return Task(
+    apply=work.apply,
+    init=lambda key: work.params,
+    rows=(ids[short], length[short], score[short].astype(np.float32)),
+    evaluation=work.evaluation,
+    metric=work.metric,
+    loss=loss,
+    inputs=2,
+    preprocess=prepare,
+  )
+
+
 # Characters -------------------------------------------------------------------
 
 
@@ -267,6 +306,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     mnist_lenet,
     resnet20,
     bitnet_vit,
+    minilm_sts,
     character_lm,
   )
 }

@@ -3,7 +3,10 @@
 A variant is `{'name': ..., 'rules': ((pattern, rule), ...), ...}`:
 
   rules       as in `experiments.variants`; without them it is trained in float
-  estimator   a name, `{'name': 'ewgs', 'delta': 0.1}`, or either by role
+  estimator   a name, `{'name': 'ewgs', 'delta': 0.1}`, or either by role;
+              'lsq' unless it says otherwise
+  lora        `{'pattern': ..., 'rank': 8, ...}`, what `ql.lora` takes: the
+              base is rounded to nearest and stays, adapters are trained
   start       'float' (the float net of the same seed), or 'scratch'
   steps, batch_size, optimizer (see `experiments.optimizers`)
   model       sizes in the place of `config.model`'s
@@ -13,6 +16,7 @@ A variant is `{'name': ..., 'rules': ((pattern, rule), ...), ...}`:
 """
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -34,7 +38,8 @@ class Variant:
 
   name: str
   rules: tuple = ()
-  estimator: Any = 'lsq'
+  estimator: Any = None
+  lora: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   start: str = 'float'
   steps: int = 0
   batch_size: int = 0
@@ -89,6 +94,8 @@ def _check(variant: Variant) -> None:
   if variant.rules:
     recipe(variant)
     estimator(variant)
+  if variant.lora:
+    _check_lora(variant)
   if variant.steps < 0 or variant.batch_size < 1:
     raise variants.ConfigError(
       f'steps={variant.steps}, batch_size={variant.batch_size}: expected none '
@@ -104,6 +111,21 @@ def _check(variant: Variant) -> None:
     )
 
 
+def _check_lora(variant: Variant) -> None:
+  if not variant.rules:
+    raise variants.ConfigError('adapters need rules: the base that they adapt.')
+  if variant.estimator or variant.warm_up:
+    raise variants.ConfigError(
+      'adapters leave their base as it is: no estimator, no warm_up.'
+    )
+  # Of its arguments; whether the pattern meets anything, the plan tells.
+  known = tuple(inspect.signature(ql.lora).parameters)[2:]
+  for name in variant.lora:
+    variants.check_name('argument of lora', name, known)
+  if 'pattern' not in variant.lora:
+    raise variants.ConfigError("lora needs a 'pattern', such as '/kernel$'.")
+
+
 def recipe(variant: Variant) -> Any:
   """The recipe of a variant that is not float."""
   return variants.recipe({'rules': variant.rules})
@@ -111,7 +133,7 @@ def recipe(variant: Variant) -> Any:
 
 def estimator(variant: Variant) -> Any:
   """The estimator of every role."""
-  spec = variant.estimator
+  spec = variant.estimator or 'lsq'
   if isinstance(spec, Mapping) and 'name' not in spec:
     for role in spec:
       variants.check_name('role', role, ROLES)
@@ -137,7 +159,7 @@ class Trainee:
     variant: how.
     apply: `(variables, *inputs) -> outputs`, simulated.
     train_apply: the same in training mode, or None; see `tasks.Task`.
-    init: `(params, batches) -> variables`.
+    init: `(key, params, batches) -> variables`.
     example: inputs it was planned with.
     plan: None in float.
     freeze: `(variables, *inputs) -> Quantized`; None in float.
@@ -178,28 +200,51 @@ def trainee(task: tasks.Task, variant: Variant, example: Any) -> Trainee:
       variant,
       lambda v, *inputs: task.apply(v['weights'], *inputs),
       live and (lambda v, *inputs: live(v['weights'], *inputs)),
-      lambda params, batches: {'weights': params, 'sites': {}},
+      lambda key, params, batches: {'weights': params, 'sites': {}},
       tuple(example),
       None,
       None,
     )
   params = jax.eval_shape(task.init, jax.random.key(0))
   plan = ql.plan(task.apply, params, recipe(variant), *example)
+  if variant.lora:
+    return _adapted(task, variant, tuple(example), plan)
   train = ql.qat(task.apply, plan, estimator(variant))
   return Trainee(
     task,
     variant,
     train.apply,
     live and ql.qat(live, plan, estimator(variant)).apply,
-    train.init,
+    lambda key, params, batches: train.init(params, batches),
     tuple(example),
     plan,
     train.freeze,
   )
 
 
+def _adapted(
+  task: tasks.Task, variant: Variant, example: tuple[Any, ...], plan: ql.Plan
+) -> Trainee:
+  """Adapters on the base that the plan quantizes."""
+  if variant.batch_norm:
+    raise variants.ConfigError(
+      f'variant {variant.name!r}: adapters leave BatchNorms as they are.'
+    )
+  train = ql.lora(task.apply, plan, **variant.lora)
+
+  def init(key, params, batches):
+    return train.init(key, ql.ptq(task.apply, params, plan, batches).params)
+
+  return Trainee(
+    task, variant, train.apply, None, init, example, plan, train.freeze
+  )
+
+
 def labels(made: Trainee, variables: Variables) -> Any:
-  """'weight', 'step' or 'state' of every leaf; running statistics are state."""
+  """'weight', 'step', 'adapter' or 'state' of every leaf of the variables.
+
+  Running statistics are state, and so is everything but adapters beside them.
+  """
   if made.plan is None:
     found = {
       'weights': jax.tree.map(lambda _: 'weight', variables['weights']),
@@ -212,7 +257,10 @@ def labels(made: Trainee, variables: Variables) -> Any:
     made.task.is_running(variables['weights']),
     found['weights'],
   )
-  return {**found, 'weights': weights}
+  found = {**found, 'weights': weights}
+  if made.variant.lora:
+    return jax.tree.map(lambda x: x if x == 'adapter' else 'state', found)
+  return found
 
 
 def losses(made: Trainee) -> Callable[..., tuple[jax.Array, Any]]:
@@ -225,11 +273,7 @@ def losses(made: Trainee) -> Callable[..., tuple[jax.Array, Any]]:
     train_apply = made.train_apply
     if train_apply is None:
       return made.apply(variables, *inputs), None
-    found, after = jax.lax.cond(
-      step < live,
-      lambda: train_apply(variables, *inputs),
-      lambda: (made.apply(variables, *inputs), variables['weights']),
-    )
+    found, after = train_apply(variables, *inputs, step < live)
     mask = task.is_running(variables['weights'])
     still = jax.tree.map(lambda _: False, variables['sites'])
     after = {**variables, 'weights': jax.lax.stop_gradient(after)}
@@ -272,7 +316,7 @@ def starts(
     )
     draws = made.task.draws(made.variant.batch_size, steps=4, seed=seed)
     batches = [b[: made.task.inputs] for b in draws]
-    found.append(made.init(params, batches))
+    found.append(made.init(jax.random.key(seed), params, batches))
   return found
 
 
@@ -320,10 +364,13 @@ def stack(trees: Sequence[Any]) -> Any:
   return jax.tree.map(lambda *xs: np.stack(xs), *trees)
 
 
-def begin(made: Trainee, variables: Sequence[Variables]) -> tuple[Any, Any]:
-  """The state to train from, and the optimizer."""
-  optimizer = optimizers.make(
-    made.variant.optimizer, made.variant.steps, labels(made, variables[0])
-  )
+def begin(
+  made: Trainee, variables: Sequence[Variables]
+) -> tuple[training.State, Callable[..., Any]]:
+  """The state to train from, and the update."""
+  named = labels(made, variables[0])
+  optimizer = optimizers.make(made.variant.optimizer, made.variant.steps, named)
   start = jax.jit(lambda v: training.begin(v, optimizer))
-  return stack([start(v) for v in variables]), optimizer
+  trained = jax.tree.map(lambda label: label != 'state', named)
+  update = training.updater(losses(made), optimizer, trained)
+  return stack([start(v) for v in variables]), update

@@ -61,8 +61,8 @@ def get_config(which=''):
   optimizer = {'name': 'adam', 'learning_rate': 1e-3}
   config.float = ml_collections.ConfigDict({'steps': 0, 'optimizer': optimizer})
   found = {
-    'w4a4': _variant(4, 1000, 5e-4, 0.0),
-    'w2a2': _variant(2, 1300, 2e-3, 0.9),
+    'w4a4': _variant(4, 600, 5e-4, 0.0),
+    'w2a2': _variant(2, 1100, 2e-3, 0.9),
   }
   config.variants = tuple(v for k, v in found.items() if which in ('', k))
   return config

@@ -64,16 +64,17 @@ def apply(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
 
 
 def train_apply(
-  params: Mapping[str, Any], x: jax.Array
+  params: Mapping[str, Any], x: jax.Array, live: jax.Array | bool = True
 ) -> tuple[jax.Array, Any]:
   """Logits with the statistics of the batch, and the parameters after it.
 
-  These differ in the running means and variances alone (momentum 0.9).
+  Where `live` is false, a traced one too, all is as in `apply`. The parameters
+  differ in the running means and variances alone (momentum 0.9).
   """
   moved: dict[int, Any] = {}
 
   def norm(p, x):
-    y, moved[id(p)] = layers.batch_norm_live(p, x, epsilon=EPSILON)
+    y, moved[id(p)] = layers.batch_norm_live(p, x, live, epsilon=EPSILON)
     return y
 
   logits = _forward(params, x, norm)

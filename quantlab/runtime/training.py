@@ -48,7 +48,9 @@ def begin(variables: Any, optimizer: optax.GradientTransformation) -> State:
 
 
 def updater(
-  loss: Loss, optimizer: optax.GradientTransformation
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  trained: Any = None,
 ) -> Callable[..., tuple[State, jax.Array]]:
   """One step of gradient descent.
 
@@ -61,6 +63,8 @@ def updater(
       tree of replacements: `(mask, values)`, both of the structure of the
       variables, the mask of plain bools, or None; running statistics go so.
     optimizer: over the variables.
+    trained: bools of the structure of the variables: those with a gradient.
+      The others, such as codes, may be integers; None: all are trained.
 
   Returns:
     `(state, *batch) -> (state, loss)`.
@@ -68,9 +72,18 @@ def updater(
 
   def update(state: State, *batch: Any) -> tuple[State, jax.Array]:
     variables, step = state['variables'], state['step']
-    (value, settle), gradient = jax.value_and_grad(loss, has_aux=True)(
-      variables, step, *batch
-    )
+    moves = trained
+    if moves is None:
+      moves = jax.tree.map(lambda _: True, variables)
+
+    def whole(moving: Any, rest: Any) -> Any:
+      return jax.tree.map(lambda m, x, y: x if m else y, moves, moving, rest)
+
+    moving = jax.tree.map(lambda m, x: x if m else None, moves, variables)
+    (value, settle), found = jax.value_and_grad(
+      lambda moving: loss(whole(moving, variables), step, *batch), has_aux=True
+    )(moving)
+    gradient = whole(found, jax.tree.map(jnp.zeros_like, variables))
     fine = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(gradient))
     going = fine & ~state['failed']
     changes, moved = optimizer.update(gradient, state['optimizer'], variables)

@@ -70,6 +70,7 @@ def test_the_workdir_is_complete(finished):
     'fp/digits_mlp',
     'q/digits_mlp/w2a4',
     'q/digits_mlp/ternary_wide',
+    'q/digits_mlp/ternary_lora',
   ]
 
 
@@ -85,6 +86,18 @@ def test_models_are_trained(finished):
     metrics['q/digits_mlp/w2a4/accuracy']
     > metrics['q/digits_mlp/w2a4/start_accuracy'] + 0.02
   )
+
+
+def test_adapters_are_trained_and_nothing_else(finished):
+  folder, metrics = finished
+  head = 'q/digits_mlp/ternary_lora'
+  assert metrics[f'{head}/accuracy'] > metrics[f'{head}/start_accuracy'] + 0.02
+  assert metrics[f'{head}/trained_parameters'] == 4 * (64 + 24)
+  task = tasks.make('digits_mlp', {'hidden': (24,)})
+  model = ql.load(folder / 'checkpoints/digits_mlp/ternary_lora', task.apply)
+  kernel = model.params['weights']['layer_0']['kernel']
+  assert len(np.unique(kernel.dequantize())) == 3
+  assert 'adapter' in model.params['sites']['layer_0/kernel']
 
 
 def test_spread_is_that_of_the_seeds(finished):
@@ -288,6 +301,14 @@ def changed(**fields):
     (
       changed(variants=(tiny_launch.LSQ | {'distill': {'weight': 1.0}},)),
       "'temperature'",
+    ),
+    (
+      changed(variants=(tiny_launch.LSQ | {'lora': {'pattern': '.'}},)),
+      'no estimator',
+    ),
+    (
+      changed(variants=(tiny_launch.ADAPTED | {'lora': {'rank': 4}},)),
+      "needs a 'pattern'",
     ),
     (
       changed(variants=(tiny_launch.LSQ | {'batch_norm': 1.0},)),

@@ -289,6 +289,11 @@ def test_resnet_in_training_takes_the_statistics_of_the_batch():
   kept = jax.tree_util.tree_leaves_with_path(same)
   for path, equal in kept:
     assert equal == (path[-1].key not in ('mean', 'var')), path
+  # Not live, by a traced choice, it is `apply`.
+  found, still = train_apply(params, x, jnp.bool_(False))
+  expected = jax.jit(resnet_cifar.apply)(params, x)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, still, params)
   # With running statistics that are the batch's, both modes agree.
   for _ in range(200):
     _, params = train_apply(params, x)

@@ -34,6 +34,14 @@ WIDE = {
   'optimizer': ADAM,
 }
 
+ADAPTED = {
+  'name': 'ternary_lora',
+  'rules': (('/layer_0/kernel$', {'weight': TERNARY}),),
+  'lora': {'pattern': '/kernel$', 'rank': 4},
+  'steps': 60,
+  'optimizer': ADAM,
+}
+
 
 def get_config(which='all'):
   """All variants, 'short' without the last, or 'mesh': over all devices."""
@@ -51,5 +59,5 @@ def get_config(which='all'):
   config.tokens = 0
   steps = 0 if mesh else 60
   config.float = ml_collections.ConfigDict({'steps': steps, 'optimizer': ADAM})
-  config.variants = (LSQ, WIDE) if which == 'all' else (LSQ,)
+  config.variants = (LSQ, WIDE, ADAPTED) if which == 'all' else (LSQ,)
   return config
