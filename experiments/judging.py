@@ -60,6 +60,7 @@ def judge(
   values |= {
     'parameters': _count(jax.eval_shape(made.task.init, jax.random.key(0))),
     'trained_parameters': _trained(made, trained[0]),
+    'optimizer_nbytes': training.optimizer_nbytes(made, trained[0]),
     'steps': made.variant.steps,
     'nbytes': ql.nbytes(weights) if model is None else model.nbytes,
     'bits_per_weight': 32.0

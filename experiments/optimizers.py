@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments import variants
+from quantlab import optim
 
 Schedule = Callable[[Any], Any]
 
@@ -43,6 +44,7 @@ def make(
       step_learning_rate: of learned steps and clips, as a share (0.1);
       freeze_ranges: share of the steps after which these stay;
       clip: largest norm of the gradient of the weights;
+      state_bits: 32, or 8: moments of the weights as `optim.eight_bit` has it;
       options: the optimizer's own, such as {'b2': 0.95}.
     steps: updates in all.
     labels: 'weight', 'step', 'adapter' or 'state' of every leaf; adapters
@@ -68,11 +70,14 @@ def _make(
   step_learning_rate: float = 0.1,
   freeze_ranges: float = 1.0,
   clip: float | None = None,
+  state_bits: int = 32,
   options: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
   variants.check_name('optimizer', name, tuple(OPTIMIZERS))
   if weight_decay and name == 'adam':
     raise variants.ConfigError('adam decays no weights; name adamw.')
+  if state_bits not in (8, 32):
+    raise variants.ConfigError(f'{state_bits=}: expected 8 or 32.')
   rate = rates(schedule, learning_rate, steps, second, warm_up)
   half = steps / 2
   decay: Any = weight_decay
@@ -88,6 +93,8 @@ def _make(
 
   build = OPTIMIZERS[name]
   weights = build(rate, decay, matrices, **(options or {}))
+  if state_bits == 8:
+    weights = optim.eight_bit(weights)
   if clip is not None:
     weights = optax.chain(optax.clip_by_global_norm(clip), weights)
   return optax.multi_transform(

@@ -369,8 +369,20 @@ def begin(
 ) -> tuple[training.State, Callable[..., Any]]:
   """The state to train from, and the update."""
   named = labels(made, variables[0])
-  optimizer = optimizers.make(made.variant.optimizer, made.variant.steps, named)
+  optimizer = _optimizer(made, named)
   start = jax.jit(lambda v: training.begin(v, optimizer))
   trained = jax.tree.map(lambda label: label != 'state', named)
   update = training.updater(losses(made), optimizer, trained)
   return stack([start(v) for v in variables]), update
+
+
+def _optimizer(made: Trainee, named: Any) -> Any:
+  spec = made.variant.optimizer
+  return optimizers.make(spec, max(made.variant.steps, 1), named)
+
+
+def optimizer_nbytes(made: Trainee, variables: Variables) -> int:
+  """Bytes of the optimizer's state, of one run."""
+  optimizer = _optimizer(made, labels(made, variables))
+  state = jax.eval_shape(optimizer.init, variables)
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

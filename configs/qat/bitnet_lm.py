@@ -55,7 +55,7 @@ def get_config(size=''):
   config.checked_batches = 1
   config.log_every = 20
   config.tokens = 256
-  steps = {'steps': 4000 if large else 450}
+  steps = {'steps': 4000 if large else 300}
   config.float = ml_collections.ConfigDict({'optimizer': COSINE} | steps)
   w4a8 = {
     'weight': {'format': 'int4', 'scale': {'rule': 'mse'}},

@@ -12,7 +12,12 @@ from quantlab import data
 
 _CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'qat'
 _NAMES = sorted(p.stem for p in _CONFIGS.glob('*.py'))
-_MORE = ['bitnet_vision:vit', 'bitnet_vision:rates', 'bitnet_lm:large']
+_MORE = [
+  'bitnet_vision:vit',
+  'bitnet_vision:rates',
+  'bitnet_lm:large',
+  'digits:states',
+]
 
 
 def stored(spec):
