@@ -51,11 +51,11 @@ def get_config(size=''):
   config.vmap = False
   config.mesh = False
   config.batch_size = 64 if large else 16
-  config.check_every = 150
+  config.check_every = 125
   config.checked_batches = 1
   config.log_every = 20
   config.tokens = 256
-  steps = {'steps': 4000 if large else 300}
+  steps = {'steps': 4000 if large else 250}
   config.float = ml_collections.ConfigDict({'optimizer': COSINE} | steps)
   w4a8 = {
     'weight': {'format': 'int4', 'scale': {'rule': 'mse'}},

@@ -17,6 +17,7 @@ _MORE = [
   'bitnet_vision:rates',
   'bitnet_lm:large',
   'digits:states',
+  'qlora:codes',
 ]
 
 
