@@ -4,10 +4,11 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import optimizers, qat, tasks, variants
+from experiments import optimizers, qat, tasks, training, variants
 from quantlab import data
 
 _CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'qat'
@@ -72,6 +73,19 @@ def test_pretrained_ones_plan(spec, count):
       assert not made.plan.folded
 
 
+def test_moments_in_8_bits_take_a_quarter_of_the_bytes():
+  config = stored('digits:states')
+  task = tasks.make(config.task, config.model.to_dict())
+  weights = jax.eval_shape(task.init, jax.random.key(0))
+  size = [
+    training.optimizer_nbytes(
+      qat._planned(config, task, v), {'weights': weights, 'sites': {}}
+    )
+    for v in qat.check(config)
+  ]
+  assert size[1] <= 0.27 * size[0]
+
+
 # Schedules --------------------------------------------------------------------
 
 
@@ -129,4 +143,8 @@ def test_decay_without_an_optimizer_that_decays():
   with pytest.raises(variants.ConfigError, match='name adamw'):
     optimizers.make(
       {'name': 'adam', 'learning_rate': 1.0, 'weight_decay': 0.1}, 1, 'weight'
+    )
+  with pytest.raises(variants.ConfigError, match='expected 8 or 32'):
+    optimizers.make(
+      {'name': 'adam', 'learning_rate': 1.0, 'state_bits': 4}, 1, 'weight'
     )
