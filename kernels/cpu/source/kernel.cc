@@ -15,7 +15,7 @@ constexpr int64_t kStrip = 16 * 1024;   // bytes of decoded weight at a time
 constexpr int64_t kSums = 512 * 1024;   // bytes of sums of one task
 constexpr int64_t kRows = 48 * kTile;   // rows of x of one task, at most
 constexpr int64_t kPanel = 512;         // columns of one task, at most
-constexpr int64_t kWide = 1024;         // of few rows: memory likes long runs
+constexpr int64_t kWide = 2048;         // of few rows: memory likes long runs
 constexpr int64_t kAhead = 128 * 1024;  // bytes of codes of one block, at most
 
 // ---- plan and activations --------------------------------------------------
