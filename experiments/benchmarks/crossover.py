@@ -2,15 +2,16 @@ r"""From measured products to the sizes at which they are as fast as float.
 
   python -m experiments.bench --config=configs/bench/matmul_cpu.py:small \
     --workdir=runs/small
-  python -m experiments.benchmarks.crossover runs/small/bench.json
+  python -m experiments.benchmarks.crossover runs/small/bench.json ...
 
-The second command writes the data that `quantlab_kernels.crossover` reads.
+The second command writes the data that `quantlab_kernels.crossover` reads; of
+several runs the largest sizes.
 """
 
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantlab_kernels import crossover
@@ -56,16 +57,27 @@ def _least(product: str, rows: str, even: Mapping[int, bool]) -> int:
   return min(larger)
 
 
+def largest(tables: Sequence[Mapping[str, Mapping[str, int]]]):
+  """The largest size of several tables of the same products and rows."""
+  return {
+    product: {
+      rows: max(t[product][rows] for t in tables)
+      for rows in sorted(sizes, key=int)
+    }
+    for product, sizes in tables[0].items()
+  }
+
+
 def main(argv: list[str]) -> None:
-  if len(argv) != 2:
-    raise SystemExit('usage: crossover bench.json')
-  result = json.loads(pathlib.Path(argv[1]).read_text())
+  if len(argv) < 2:
+    raise SystemExit('usage: crossover bench.json ...')
+  results = [json.loads(pathlib.Path(path).read_text()) for path in argv[1:]]
   data = {
     'about': 'least K x N from which a product is as fast as float32, by rows; '
     'written by experiments.benchmarks.crossover',
-    'device': result['device'],
-    'cores': result['cores'],
-    'products': table(result['cases']),
+    'device': results[0]['device'],
+    'cores': results[0]['cores'],
+    'products': largest([table(r['cases']) for r in results]),
   }
   crossover.PATH.write_text(json.dumps(data, indent=1) + '\n')
   print(crossover.PATH)

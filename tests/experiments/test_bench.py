@@ -228,6 +228,9 @@ def test_sizes_from_which_on_a_product_is_as_fast():
     '16x16/4': case(0.5),
     'call': {},
   }
-  assert crossover.table(cases) == {'w8a8': {'1': 4096, '4': 0}}
+  found = crossover.table(cases)
+  assert found == {'w8a8': {'1': 4096, '4': 0}}
+  other = {'w8a8': {'1': 1024, '4': 256}}
+  assert crossover.largest([found, other]) == {'w8a8': {'1': 4096, '4': 256}}
   with pytest.raises(ValueError, match='w8a8 at 1 rows is slower'):
     crossover.table(cases | {'64x64/1': case(1.1)})
