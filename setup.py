@@ -72,7 +72,7 @@ setuptools.setup(
   package_dir={'quantlab_kernels': 'kernels'},
   package_data={
     'quantlab': ['py.typed'],
-    'quantlab_kernels': ['py.typed', 'cpu/source/*'],
+    'quantlab_kernels': ['py.typed', 'crossover.json', 'cpu/source/*'],
   },
   install_requires=INSTALL,
   extras_require=EXTRAS,

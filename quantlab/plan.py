@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -151,6 +151,23 @@ class Plan:
   def recipe(self) -> Recipe:
     """A rule for each site, by its id: `ql.ptq` takes a plan as it is."""
     rules = {k: s.rule for k, s in self.sites.items()}
+    return Recipe.of_sites(rules, self.strict)
+
+  @property
+  def slower(self) -> dict[str, str]:
+    """Sites that float would compute faster on this CPU, and why."""
+    return summary.slower(self)
+
+  def keep_float(self, sites: Iterable[str]) -> Recipe:
+    """The plan's recipe with these sites, by id, left in float.
+
+    Raises:
+      ValueError: an unknown site.
+    """
+    named = set(sites)
+    if unknown := sorted(named - set(self.sites)):
+      raise ValueError(f'unknown sites {unknown}; known: {list(self.sites)}')
+    rules = {k: None if k in named else s.rule for k, s in self.sites.items()}
     return Recipe.of_sites(rules, self.strict)
 
   @property

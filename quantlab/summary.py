@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import rich.box
 import rich.console
 import rich.table
 
+import quantlab_kernels as kernels
 from quantlab.core import tree as tree_lib
 
 if TYPE_CHECKING:
@@ -74,6 +76,36 @@ def memory(plan: Plan) -> dict[str, int]:
   }
 
 
+def slower(plan: Plan) -> dict[str, str]:
+  """Sites that float would compute faster on this CPU, and why.
+
+  A table of measurements says so (see `quantlab_kernels.crossover`); there is
+  none for other platforms. A site whose parameters are those of another one
+  counts where float is faster for both, since they are stored once.
+  """
+  if jax.default_backend() != 'cpu':
+    return {}
+  found = {k: why for k, s in plan.sites.items() if (why := _slower(s))}
+  shared = [s.paths for k, s in plan.quantized.items() if k not in found]
+  kept = {path for paths in shared for path in paths}
+  return {
+    k: why for k, why in found.items() if not kept & {*plan.sites[k].paths}
+  }
+
+
+def _slower(site: SitePlan) -> str | None:
+  weight = site.rule.weight if site.rule else None
+  if weight is None or site.kind != 'dot':
+    return None
+  if site.compute not in ('int8', 'weight only'):
+    return None
+  each = math.prod(site.matrix[len(site.weight_loops) :])
+  rows = math.prod(site.tensors[2]) * site.matrix[-2] // max(each, 1)
+  return kernels.slower_than_float(
+    weight.format.bits, rows, each, integer=site.compute == 'int8'
+  )
+
+
 def table(plan: Plan) -> rich.table.Table:
   """One row a site, in program order."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -131,6 +163,12 @@ def text(plan: Plan, params: Any = None) -> str:
   left = [s.id for s in plan.sites.values() if s.rule is None]
   if left:
     lines.append('left in float: ' + ', '.join(left))
+  if faster := slower(plan):
+    lines.append(
+      'too small to be faster than float here: '
+      + ', '.join(faster)
+      + ' (`plan.keep_float(plan.slower)` is the recipe that leaves them)'
+    )
   if plan.dropped:
     lines.append(
       'folded into other weights, no longer stored: ' + ', '.join(plan.dropped)

@@ -237,3 +237,29 @@ def test_activations_alone():
   out = ql.quantized(lambda p, x: x @ p['w'], plan)(params, X)
   want = snap.symmetric(X, 1) @ params['w']
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_sites_too_small_to_pay_are_told_and_may_be_left():
+  """Tied parameters only where float is faster at every use."""
+
+  def f(p, x):
+    y = jax.nn.relu(x @ p['small']) @ p['wide']
+    return y @ p['tied'] @ p['large'] @ p['large'].T @ p['tied'].T
+
+  shapes = {'small': (16, 16), 'wide': (16, 512), 'tied': (512, 8)}
+  params = {k: normal(0, *s) for k, s in shapes.items()}
+  params['large'] = normal(1, 8, 2**17)
+  x = normal(2, 4, 16)
+  rule = ql.rule(weight=ql.int8(), input=ql.int8(per='token'))
+  plan = ql.plan(f, params, {'.*': rule}, x)
+  assert {k for k, s in plan.sites.items() if s.compute == 'int8'} > {'small'}
+  assert 'small' in plan.slower
+  assert 'large' not in plan.slower
+  [line] = [t for t in plan.summary().splitlines() if 'too small' in t]
+  assert 'small' in line
+  assert 'large' not in line
+  kept = ql.plan(f, params, plan.keep_float(plan.slower), x)
+  assert set(plan.slower) == {k for k, s in kept.sites.items() if not s.rule}
+  assert not kept.slower
+  with pytest.raises(ValueError, match="unknown sites \\['smal'\\]"):
+    plan.keep_float(['smal'])

@@ -5,8 +5,9 @@ r"""Low-bit products on the CPU beside float32, onnxruntime, PyTorch and ggml.
     --workdir=runs/matmul_cpu
 
 `--config=configs/bench/matmul_cpu.py:sites` takes the products of MiniLM and
-of a Llama of the 1B class instead. Ratios are seconds over those of XLA's
-float32 product; limits are what the kernels are held to.
+of a Llama of the 1B class instead, `:small` squares around the size from which
+low bits pay (see `experiments.benchmarks.crossover`). Ratios are seconds over
+those of XLA's float32 product; limits are what the kernels are held to.
 """
 
 from ml_collections import config_dict
@@ -20,11 +21,16 @@ AT_LEAST = {
 }
 
 
-def _shape(k, n, rows, products=PRODUCTS, peers=False, at_least=None):
+# Rows of the tables over sites.
+ROWS = (1, 4, 16, 64, 256)
+
+
+def _shape(k, n, rows, products=PRODUCTS, peers=False, at_least=None, calls=1):
   return {
     'k': k,
     'n': n,
     'rows': rows,
+    'calls': calls,
     'products': products,
     'peers': peers,
     'at_least': at_least or {},
@@ -42,22 +48,29 @@ def large():
 
 def sites():
   """Products of real models, at five batch sizes."""
-  rows = (1, 4, 16, 64, 256)
   products = ('float32', 'w8a8', 'w4a8', 'ternary')
-  even = {p: {str(m): 1.0 for m in rows} for p in products[1:]}
+  even = {p: {str(m): 1.0 for m in ROWS} for p in products[1:]}
   sizes = (
     *((384, 384), (384, 1536), (1536, 384)),  # MiniLM
     *((2048, 512), (2048, 2048), (2048, 8192), (8192, 2048)),  # Llama 1B
   )
   return tuple(
-    _shape(k, n, rows, products, at_least=even if k * n >= 2**20 else {})
+    _shape(k, n, ROWS, products, at_least=even if k * n >= 2**20 else {})
     for k, n in sizes
   )
 
 
+def small():
+  """Where the cost of a call is that of the product."""
+  products = ('float32', 'w8a8', 'w4a8', 'ternary', 'w4a16')
+  sides = (16, 32, 64, 128, 256, 512, 1024)
+  return tuple(_shape(k, k, ROWS, products, calls=8) for k in sides)
+
+
 def get_config(which: str = 'large') -> config_dict.ConfigDict:
-  """The large shapes, or the sites of real models."""
-  chosen = {'large': large, 'sites': sites}
+  """The large shapes, the sites of real models, or small ones."""
+  chosen = {'large': large, 'sites': sites, 'small': small}
+  many = which == 'large'
   if which not in chosen:
     raise ValueError(f'unknown shapes {which!r}; known: {sorted(chosen)}')
   return config_dict.ConfigDict(
@@ -65,10 +78,10 @@ def get_config(which: str = 'large') -> config_dict.ConfigDict:
       'benchmark': 'matmul',
       'seed': 0,
       'shapes': chosen[which](),
-      'rotate': 2**28,  # bytes of weights, past the caches
-      'rounds': 15,
-      'peers': ('onnxruntime', 'torch', 'ggml', 'ggml_k')
-      if which == 'large'
-      else (),
+      # Bytes of weights, past the caches, in at most so many.
+      'rotate': 2**28 if many else 2**27,
+      'copies': 2**10 if many else 8,
+      'rounds': {'large': 15, 'sites': 5, 'small': 7}[which],
+      'peers': ('onnxruntime', 'torch', 'ggml', 'ggml_k') if many else (),
     }
   )

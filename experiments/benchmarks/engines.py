@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -49,9 +50,9 @@ class Engine(NamedTuple):
   formats: Mapping[str, Callable[..., ByRows]]
 
 
-def copies(nbytes: int, rotate: int) -> int:
-  """Weights that are together past the caches."""
-  return max(2, math.ceil(rotate / nbytes))
+def copies(nbytes: int, rotate: int, most: int | None = None) -> int:
+  """Weights that are together past the caches, or at most so many."""
+  return max(2, min(math.ceil(rotate / nbytes), most or sys.maxsize))
 
 
 def rows(rng: np.random.Generator, m: int, k: int) -> np.ndarray:
@@ -74,15 +75,25 @@ def _int8(x, w):
 def _packed(bits: int):
   def product(x, w):
     q, scale = _a8(x)
+    group = _group(x.shape[1], bits)
     return kernels.w4a8_matmul(
-      q, w[0], w[1], bits=bits, group=GROUP if bits > 2 else None, x_scale=scale
+      q, w[0], w[1], bits=bits, group=group, x_scale=scale
     )
 
   return product
 
 
+def _w4a16(x, w):
+  group = _group(x.shape[1], 4)
+  return kernels.w4a16_matmul(x, w[0], w[1], bits=4, group=group)
+
+
+def _group(k: int, bits: int) -> int:
+  return min(GROUP, k) if bits > 2 else k
+
+
 def _random_packed(rng, k, n, bits):
-  groups = k // GROUP if bits > 2 else 1
+  groups = k // _group(k, bits)
   scale = np.full((groups, n), k**-0.5, np.float32)
   if bits == 2:  # codes -1, 0, 1
     codes = rng.integers(-1, 2, (k // 4, 4, n), np.int8).view(np.uint8) & 3
@@ -111,16 +122,20 @@ PRODUCTS: dict[str, tuple[Callable, Callable]] = {
   ),
   'w4a8': (lambda rng, k, n: _random_packed(rng, k, n, 4), _packed(4)),
   'ternary': (lambda rng, k, n: _random_packed(rng, k, n, 2), _packed(2)),
+  'w4a16': (lambda rng, k, n: _random_packed(rng, k, n, 4), _w4a16),
 }
 
 
-def ours(name: str, k: int, n: int, rotate: int, rng) -> ByRows:
+def ours(
+  name: str, k: int, n: int, rotate: int, rng, most: int | None = None
+) -> ByRows:
   """A product of `PRODUCTS`, chained in one jitted call."""
   make, product = PRODUCTS[name]
   first = jax.tree.map(jnp.asarray, make(rng, k, n))
   nbytes = sum(a.nbytes for a in jax.tree.leaves(first))
-  rest = range(1, copies(nbytes, rotate))
-  weights = [first, *(jax.tree.map(jnp.asarray, make(rng, k, n)) for _ in rest)]
+  count = copies(nbytes, rotate, most)
+  # In memory of their own; what they hold makes no difference.
+  weights = [jax.tree.map(jnp.copy, first) for _ in range(count)]
 
   @jax.jit
   def chain(x, weights):

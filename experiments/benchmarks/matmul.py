@@ -42,7 +42,8 @@ def run(config: Any) -> dict[str, Any]:
 def _contestants(shape, config, peers) -> dict[str, engines.ByRows]:
   rng = np.random.default_rng(config.seed)
   size = shape['k'], shape['n'], config.rotate, rng
-  made = {name: engines.ours(name, *size) for name in shape['products']}
+  most = config.copies
+  made = {name: engines.ours(name, *size, most) for name in shape['products']}
   for name, engine in peers.items() if shape['peers'] else ():
     for product, make in engine.formats.items():
       if product in made:
@@ -52,15 +53,20 @@ def _contestants(shape, config, peers) -> dict[str, engines.ByRows]:
 
 def _case(shape, m: int, config, made, machine) -> dict[str, Any]:
   entries = {name: each(m) for name, each in made.items()}
+  calls = shape['calls']
+  # Threads of other engines spin before they go to sleep.
+  pause = 0.02 if shape['peers'] else 0.002
   samples = timing.interleaved(
-    {name: {'run': entry.run} for name, entry in entries.items()},
+    {
+      name: {'run': _again(entry.run, calls)} for name, entry in entries.items()
+    },
     config.rounds,
-    before=lambda: time.sleep(0.02),  # threads that spin go to sleep
+    before=lambda: time.sleep(pause),
   )
   for name, entry in entries.items():
     for stages in samples[name].values():
       for stage, seconds in stages.items():
-        stages[stage] = [s / entry.repeats for s in seconds]
+        stages[stage] = [s / entry.repeats / calls for s in seconds]
   limits = {
     name: 1 / wanted[str(m)]
     for name, wanted in shape['at_least'].items()
@@ -79,6 +85,10 @@ def _case(shape, m: int, config, made, machine) -> dict[str, Any]:
   }
   case['times_best_peer'] = _against_peers(samples)
   return case
+
+
+def _again(run, calls: int):
+  return lambda _: [run(None) for _ in range(calls)]
 
 
 def _against_peers(samples) -> dict[str, Any]:

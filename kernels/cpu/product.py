@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
-from quantlab_kernels import int_dot
+from quantlab_kernels import crossover, int_dot
 from quantlab_kernels.cpu import library
 
 # Rows of x up to which codes are decoded within the product; as in vec.h.
@@ -57,8 +57,15 @@ def _is_local() -> bool:
   return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
-def route(x: jax.Array, bits: int, x_zero: jax.Array | None = None) -> str:
-  """Says in words how `multiply` runs."""
+def route(
+  x: jax.Array,
+  w: jax.Array,
+  bits: int,
+  x_zero: jax.Array | None = None,
+  *,
+  integer: bool = True,
+) -> str:
+  """Says in words how `multiply` runs, and where float would be faster."""
   isa = library.isa()
   rows = x.shape[0] + (x_zero is not None)
   when = (
@@ -66,7 +73,10 @@ def route(x: jax.Array, bits: int, x_zero: jax.Array | None = None) -> str:
     if rows <= DIRECT[isa]
     else 'once for all rows, strip by strip'
   )
-  return f'C++ on {isa}, {bits}-bit codes decoded {when}'
+  how = f'C++ on {isa}, {bits}-bit codes decoded {when}'
+  weights = x.shape[1] * w.shape[1]
+  slow = crossover.slower_than_float(bits, x.shape[0], weights, integer=integer)
+  return how if slow is None else f'{how}; {slow}'
 
 
 def multiply(

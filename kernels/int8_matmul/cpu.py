@@ -16,8 +16,8 @@ def refuses(x, w, *rest, transpose_w, out_dtype) -> str | None:
 
 def route(x, w, x_scale, w_scale, x_zero, w_zero, **options) -> str:
   """Says how it runs."""
-  del w, x_scale, w_scale, w_zero, options
-  return product.route(x, 8, x_zero)
+  del x_scale, w_scale, w_zero, options
+  return product.route(x, w, 8, x_zero)
 
 
 def run(x, w, x_scale, w_scale, x_zero, w_zero, *, transpose_w, out_dtype):

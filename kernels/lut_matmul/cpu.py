@@ -14,8 +14,8 @@ def refuses(x, p, *rest, **options) -> str | None:
 
 def route(x, p, table, scale, x_scale, x_zero, *, bits, **options) -> str:
   """Says how it runs."""
-  del p, table, scale, x_scale, options
-  return product.route(x, bits, x_zero)
+  del table, scale, x_scale, options
+  return product.route(x, p, bits, x_zero)
 
 
 def run(x, p, table, scale, x_scale, x_zero, *, bits, group, out_dtype):

@@ -34,8 +34,8 @@ def refuses(
 
 def route(x, w, scale, zero, *, bits, **options) -> str:
   """Says how it runs."""
-  del w, scale, zero, options
-  return 'to float32, ' + product.route(x, bits)
+  del scale, zero, options
+  return 'to float32, ' + product.route(x, w, bits, integer=False)
 
 
 def run(x, w, scale, zero, *, bits, group, signed, decode, precision):

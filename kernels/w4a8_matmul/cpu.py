@@ -14,8 +14,8 @@ def refuses(x, p, *rest, **options) -> str | None:
 
 def route(x, p, scale, zero, x_scale, x_zero, *, bits, **options) -> str:
   """Says how it runs."""
-  del p, scale, zero, x_scale, options
-  return product.route(x, bits, x_zero)
+  del scale, zero, x_scale, options
+  return product.route(x, p, bits, x_zero)
 
 
 def run(x, p, scale, zero, x_scale, x_zero, *, bits, group, signed, out_dtype):

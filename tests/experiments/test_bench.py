@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.benchmarks import timing, trace
+from experiments.benchmarks import crossover, timing, trace
 from quantlab.models import transformer
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -215,3 +215,22 @@ def test_convolutions_on_the_cpu(tmp_path):
   (case,) = cases.values()
   assert case['seconds'].keys() == {'float32', 'w8a8 xla'}
   assert case['limits'] == {'w8a8 xla': 1.0}
+
+
+def test_sizes_from_which_on_a_product_is_as_fast():
+  def case(ratio):
+    return {'ratios': {'w8a8': {'wall': {'median': ratio}}}}
+
+  cases = {
+    '16x16/1': case(0.9),  # by chance: the next larger one is slower
+    '32x32/1': case(1.2),
+    '64x64/1': case(1.04),
+    '16x16/4': case(0.5),
+    'call': {},
+  }
+  found = crossover.table(cases)
+  assert found == {'w8a8': {'1': 4096, '4': 0}}
+  other = {'w8a8': {'1': 1024, '4': 256}}
+  assert crossover.largest([found, other]) == {'w8a8': {'1': 4096, '4': 256}}
+  with pytest.raises(ValueError, match='w8a8 at 1 rows is slower'):
+    crossover.table(cases | {'64x64/1': case(1.1)})

@@ -15,6 +15,8 @@ constexpr int64_t kStrip = 16 * 1024;   // bytes of decoded weight at a time
 constexpr int64_t kSums = 512 * 1024;   // bytes of sums of one task
 constexpr int64_t kRows = 48 * kTile;   // rows of x of one task, at most
 constexpr int64_t kPanel = 512;         // columns of one task, at most
+constexpr int64_t kWide = 2048;         // of few rows: memory likes long runs
+constexpr int64_t kAhead = 128 * 1024;  // bytes of codes of one block, at most
 
 // ---- plan and activations --------------------------------------------------
 
@@ -37,10 +39,11 @@ Plan plan(const Product& a, int64_t threads) {
     return p;
   }
   const int64_t fits = kSums / (8 * (p.rows + p.ones)) / kWidth * kWidth;
-  const int64_t widest = max_(min_(kPanel, fits), kWidth);
+  const int64_t most = p.rows <= 4 * kTile ? kWide : kPanel;
+  const int64_t widest = max_(min_(most, fits), kWidth);
   const int64_t panels = round_up(ceil_div(a.n, widest), threads);
   p.panel = round_up(ceil_div(a.n, panels), kWidth);
-  p.block = kStrip / (4 * kWidth * p.planes);
+  p.block = min_(kStrip / (4 * kWidth * p.planes), kAhead / (4 * p.panel));
   p.block = ceil_div(p.steps, ceil_div(p.steps, p.block));
   const int64_t strips = p.panel / kWidth;
   p.work_bytes = 4 * kWidth * p.block * p.planes +    // decoded strip
@@ -151,30 +154,44 @@ struct Task {
   void block(const Block& b, Codes c, const Columns& by, int32_t* sums,
              float* y) {
     const bool t = a.table != nullptr;
-    Decode f = plan.planes == 1   ? decode_of<1>(t)
-               : plan.planes == 2 ? decode_of<2>(t)
-                                  : decode_of<4>(t);
     const int64_t words = ceil_div(c.rows, 4) * plan.planes;
-    // With several tiles there is time to fetch in each, else here.
+    // With several tiles there is time to fetch in each, else while decoding;
+    // which the first of several does itself, but for tables.
+    const bool several = rows() > kTile, apart = t || plan.ones || !several;
     Ahead none;
-    Ahead& later = rows() > kTile ? ahead : none;
-    f(c, rows() > kTile ? none : ahead, decoded);
+    Ahead& later = several ? ahead : none;
+    if (apart) {
+      Decode f = plan.planes == 1   ? decode_of<1>(t)
+                 : plan.planes == 2 ? decode_of<2>(t)
+                                    : decode_of<4>(t);
+      f(c, several ? none : ahead, decoded);
+    }
     if (plan.ones) kTiles[0](decoded, words, b.x, plan.stride, sums, b.more, none);
+    const FirstTile first = plan.planes == 1   ? first_tile<1>
+                            : plan.planes == 2 ? first_tile<2>
+                                               : first_tile<4>;
     const int32_t* x = b.x + (plan.ones + m0) * plan.stride;
     int32_t* out = sums + ones();
     const bool simple = is_simple(a);
     for (int64_t r = 0; r < rows(); r += kTile, x += kTile * plan.stride) {
       const int64_t many = min_(rows() - r, kTile);
+      const bool decodes = r == 0 && !apart;
       if (b.last && simple) {
         const Onto to{x_sums + (m0 + r) * a.groups + b.group, a.groups,
-                      by.offset, by.zero, by.scale, y + r * kWidth,
-                      b.group == 0};
-        (a.zero ? kTilesOnto<true> : kTilesOnto<false>)[many - 1](
-            decoded, words, x, plan.stride, out, b.more, later, to);
+                      by.offset, a.zero ? by.zero : nullptr, by.scale,
+                      y + r * kWidth, b.group == 0};
+        if (decodes)
+          first(c, decoded, x, plan.stride, out, b.more, later, &to);
+        else
+          (a.zero ? kTilesOnto<true> : kTilesOnto<false>)[many - 1](
+              decoded, words, x, plan.stride, out, b.more, later, to);
         out += kTile * kWidth;
         continue;
       }
-      kTiles[many - 1](decoded, words, x, plan.stride, out, b.more, later);
+      if (decodes)
+        first(c, decoded, x, plan.stride, out, b.more, later, nullptr);
+      else
+        kTiles[many - 1](decoded, words, x, plan.stride, out, b.more, later);
       if (b.last)
         scale_onto(a, x_sums, b.group, by, m0 + r, m0 + r + many, b.group == 0,
                    sums, out, y + r * kWidth);

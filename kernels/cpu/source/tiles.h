@@ -35,6 +35,44 @@ QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
   ahead = fetch;
 }
 
+// The same from rows of codes, which are kept decoded at `out` for the tiles
+// that follow: shuffles and memory wait behind the products.
+template <int R, int P>
+QL_INLINE void decode_accumulate(I (&sum)[R][4], const Codes& c, uint8_t* out,
+                                 const int32_t* x, int64_t stride,
+                                 Ahead& ahead) {
+  const I flip = bytes(c.flip & ((1 << (8 / P)) - 1));
+  const int64_t codes_stride = c.stride;
+  const uint8_t* p = c.p;
+  Ahead fetch = ahead;
+  for (int64_t rows = c.rows; rows > 0; rows -= 4, p += 4 * codes_stride) {
+    I u[4];
+    interleave(p, codes_stride, rows, u);
+    fetch.fetch();
+    each<P>([&](auto q) QL_NOW {
+      I v[4];
+      each<4>([&](auto j) QL_NOW {
+        v[j] = plane<P, false>(u[j], q, flip, flip);
+        store(out + j * kWidth, v[j]);
+      });
+      each<R>([&](auto r) QL_NOW {
+        const X a = spread(x[r * stride + q]);
+        each<4>([&](auto j) QL_NOW { sum[r][j] = dot(sum[r][j], v[j], a); });
+      });
+      out += 4 * kWidth;
+    });
+    x += P;
+  }
+  ahead = fetch;
+}
+
+template <int R>
+QL_INLINE void keep(const I (&sum)[R][4], int32_t* out) {
+  each<R * 4>([&](auto i) QL_NOW {
+    store(out + i * kWidth / 4, sum[i / 4][i % 4]);
+  });
+}
+
 template <int R>
 __attribute__((noinline)) void tile(const uint8_t* w, int64_t words,
                                     const int32_t* x, int64_t stride,
@@ -42,9 +80,7 @@ __attribute__((noinline)) void tile(const uint8_t* w, int64_t words,
   I sum[R][4];
   begin<R>(sum, out, more);
   accumulate<R>(sum, w, words, x, stride, ahead);
-  each<R * 4>([&](auto i) QL_NOW {
-    store(out + i * kWidth / 4, sum[i / 4][i % 4]);
-  });
+  keep<R>(sum, out);
 }
 
 // Where the last sums of a group go: y (+)= scale (sum - zero x_sum).
@@ -58,13 +94,7 @@ struct Onto {
 };
 
 template <int R, bool kZero>
-__attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
-                                         const int32_t* x, int64_t stride,
-                                         const int32_t* sums, bool more,
-                                         Ahead& ahead, const Onto& to) {
-  I sum[R][4];
-  begin<R>(sum, sums, more);
-  accumulate<R>(sum, w, words, x, stride, ahead);
+QL_INLINE void add_onto(const I (&sum)[R][4], const Onto& to) {
   each<R>([&](auto r) QL_NOW {
     const int32_t x_sum = to.x_sums[r * to.groups];
     const I by = ::words(kZero ? x_sum : times(to.offset, x_sum));
@@ -76,6 +106,36 @@ __attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
     });
   });
 }
+
+template <int R, bool kZero>
+__attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
+                                         const int32_t* x, int64_t stride,
+                                         const int32_t* sums, bool more,
+                                         Ahead& ahead, const Onto& to) {
+  I sum[R][4];
+  begin<R>(sum, sums, more);
+  accumulate<R>(sum, w, words, x, stride, ahead);
+  add_onto<R, kZero>(sum, to);
+}
+
+// The first of several tiles. `to` is null where the sums stay integers.
+template <int P>
+__attribute__((noinline)) void first_tile(const Codes& c, uint8_t* decoded,
+                                          const int32_t* x, int64_t stride,
+                                          int32_t* sums, bool more,
+                                          Ahead& ahead, const Onto* to) {
+  I sum[kTile][4];
+  begin<kTile>(sum, sums, more);
+  decode_accumulate<kTile, P>(sum, c, decoded, x, stride, ahead);
+  if (to == nullptr)
+    keep<kTile>(sum, sums);
+  else if (to->zero != nullptr)
+    add_onto<kTile, true>(sum, *to);
+  else
+    add_onto<kTile, false>(sum, *to);
+}
+using FirstTile = void (*)(const Codes&, uint8_t*, const int32_t*, int64_t,
+                           int32_t*, bool, Ahead&, const Onto*);
 
 using Tile = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
                       int32_t*, bool, Ahead&);
