@@ -73,23 +73,39 @@ def tables(
     for table in found.values():
       table.check_model(runtime.fingerprint(work.params))
     return found
+  names = metrics(config, work)
   with runtime.timed() as timer:
-    found = ql.sensitivity(
-      work.apply,
-      work.params,
-      choices(config),
-      measured_on(config, work),
-      metrics(config, work),
-      task=work.metric,
-      ties=config.get('ties', ()),
-      interactions=config.get('interactions', False),
-      probes=config.get('probes', 64),
-      iterations=config.get('iterations', 20),
-      key=jax.random.key(config.seed),
-    )
+    found = _measure(config, work, names)
   folder.write_json('tables.json', {k: t.to_json() for k, t in found.items()})
   folder.write_json('seconds.json', {'tables': timer.seconds})
   return found
+
+
+def _measure(
+  config: Any, work: models.Workload, names: tuple[str, ...]
+) -> dict[str, search.Table]:
+  """Tables in order: what is run on all batches, derivatives on fewer."""
+  direct = tuple(n for n in names if n in objectives.DIRECT)
+  rest = tuple(n for n in names if n not in direct)
+  batches = measured_on(config, work)
+  few = Part(work.evaluation, 0, config.get('curved', 0) or config.batches)
+  found: dict[str, search.Table] = {}
+  for some, given in ((direct, batches), (rest, few)):
+    if some:
+      found |= ql.sensitivity(
+        work.apply,
+        work.params,
+        choices(config),
+        given,
+        some,
+        task=work.metric,
+        ties=config.get('ties', ()),
+        interactions=[n for n in config.interactions if n in some],
+        probes=config.get('probes', 64),
+        iterations=config.get('iterations', 20),
+        key=jax.random.key(config.seed),
+      )
+  return {n: found[n] for n in names}
 
 
 def workload(config: Any) -> models.Workload | None:

@@ -38,6 +38,8 @@ def small():
   )
   config.metrics = ('similarity', 'kl', 'hessian')
   config.random_plans = 5
+  config.kinds = (('all', 0),)
+  config.interactions = ('hessian',)
   config.budgets = ('int2', 'int8')
   config.allocations = (('kl', 'dp'), ('hessian', 'quadratic'), ('lrp', 'dp'))
   config.encoders = ('rtn',)
@@ -97,11 +99,14 @@ def test_refinement_measures_the_front(folders):
 def test_the_truth_and_what_is_near_it(tmp_path):
   config = small()
   config.metrics = ('kl', 'weight_error')
-  config.interactions = False
+  config.interactions = ('kl',)
   metrics = sensitivity.run(config, tmp_path / 'run')
   assert -1 <= metrics['spearman/kl/all'] <= 1
   truth = json.loads((tmp_path / 'run' / 'truth.json').read_text())
-  assert len(truth['joint']) == 5
+  assert len(truth['joint']['all']['kl']) == 5
+  # Of two rows joint, a table with interactions predicts better.
+  fits = [metrics[f'random_plans/all/kl/{n}/R2'] for n in ('none', 'own')]
+  assert fits[0] < fits[1] < 1
   assert len(truth['alone']) == 6
   # Eight bits change the loss of one site less than two bits.
   loss = np.array([v for v, _ in truth['alone']]).reshape(3, 2)
