@@ -17,6 +17,7 @@ import quantlab as ql
 from experiments import spaces, variants
 from quantlab import models, quality, runtime, search
 from quantlab.calibration import ranges
+from quantlab.graph import tracing
 from quantlab.ptq.transform import Encoder
 
 
@@ -34,7 +35,7 @@ def remembered(
     ConfigError: a site of the model lies in a scan, whose layers the encoder
       would have to take one by one.
   """
-  sites = _sites(plan)
+  sites = _sites(work, plan)
   stats: Mapping[str, Any] = {}
   if member.observe is not None:
     scanned = [s.id for s in plan.quantized.values() if s.loops]
@@ -64,11 +65,13 @@ def remembered(
   return Encoder(member.name, encode)
 
 
-def _sites(plan: ql.Plan) -> dict[str, Any]:
+def _sites(work: models.Workload, plan: ql.Plan) -> dict[str, Any]:
   """The product of each weight that is in one product alone."""
+  traced, *_ = tracing.Tracer(work.apply)(work.params, work.example, {})
   found: dict[str, list[Any]] = {}
-  for site in plan.quantized.values():
-    for name in {site.id, *site.paths}:
+  for site in traced.analysis.sites:
+    planned = plan.quantized.get(site.id)
+    for name in {site.id, *planned.paths} if planned else ():
       found.setdefault(name, []).append(site)
   return {
     k: v[0] for k, v in found.items() if len(v) == 1 and v[0].kind != 'gather'

@@ -12,4 +12,6 @@ from configs.search import common
 
 
 def get_config():
-  return common.base('digits_cnn')
+  config = common.base('digits_cnn')
+  config.seeds = 1
+  return config
