@@ -2,13 +2,15 @@
 
 import functools
 import json
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import quantlab as ql
 from configs.search import digits, hawq_v3, minilm, resnet8, resnet20, stories
-from experiments import refine, search, sensitivity, spaces, variants
+from experiments import allocated, refine, search, sensitivity, spaces, variants
 from quantlab import models
 from quantlab.models import digits as networks
 from quantlab.search import Table
@@ -83,6 +85,41 @@ def test_plans_are_what_was_measured(folders):
 def test_the_same_command_resumes(folders):
   folder, config, found, _ = folders
   assert search.run(config, folder / 'search') == found['search']
+
+
+def test_codes_of_the_float_stream_are_made_once():
+  rng = np.random.default_rng(0)
+  scales = np.exp(rng.normal(size=12)).astype(np.float32)
+  x = rng.normal(size=(256, 12)).astype(np.float32) * scales
+  work = types.SimpleNamespace(
+    apply=lambda p, x: jnp.tanh(x @ p['a']) @ p['b'],
+    params={
+      'a': rng.normal(size=(12, 8)).astype(np.float32),
+      'b': rng.normal(size=(8, 4)).astype(np.float32),
+    },
+    calibration=[(x,)],
+    example=(x,),
+  )
+  recipe = {'': ql.int3()}
+  plan = ql.plan(work.apply, work.params, recipe, x)
+
+  def quantize(member):
+    return ql.ptq(work.apply, work.params, recipe, [(x,)], member).params
+
+  member = allocated.remembered(ql.gptq(), work, plan)
+  got, walked = quantize(member), quantize(ql.gptq())
+  nearest = quantize(ql.rtn())
+  codes = [m['weights'] for m in (got, walked, nearest)]
+  # Nothing lies before the first weight; the second sees other inputs.
+  same = [np.array_equal(codes[0]['a'].codes, c['a'].codes) for c in codes[1:]]
+  assert same == [True, False]
+  hidden = np.tanh(x @ work.params['a'])
+  off = [
+    np.square(hidden @ (c['b'].dequantize() - work.params['b'])).sum()
+    for c in codes
+  ]
+  assert off[0] < off[2]
+  assert quantize(member)['weights']['b'] is got['weights']['b']
 
 
 def test_refinement_measures_the_front(folders):
