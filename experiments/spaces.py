@@ -87,8 +87,11 @@ def _measure(
   """Tables in order: what is run on all batches, derivatives on fewer."""
   direct = tuple(n for n in names if n in objectives.DIRECT)
   rest = tuple(n for n in names if n not in direct)
-  batches = measured_on(config, work)
-  few = Part(work.evaluation, 0, config.get('curved', 0) or config.batches)
+  batches: Any = measured_on(config, work)
+  few = batches
+  if config.curved:
+    first = next(iter(batches))
+    few = [tuple(x[: config.curved] for x in first)]
   found: dict[str, search.Table] = {}
   for some, given in ((direct, batches), (rest, few)):
     if some:
@@ -113,7 +116,8 @@ def workload(config: Any) -> models.Workload | None:
   variants.check_name('model', config.model, tuple(models.WORKLOADS))
   for name in metrics_of(config):
     variants.check_name('metric', name, search.METRICS)
-  return steps.load(config, config.model)
+  sizes = {'batch_size': config.batch_size} if config.batch_size else {}
+  return steps.load(config, config.model, **sizes)
 
 
 def metrics_of(config: Any) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ def base(model: str) -> ml_collections.ConfigDict:
   config.calibration = 0  # 0: the workload's own choice
   config.evaluation = 0  # 0: all
   config.model = model
+  config.batch_size = 0  # of the evaluation set; 0: the workload's own
   config.batches = 2  # labelled, to measure the tables on
-  config.curved = 0  # of these, for derivatives; 0: all
+  config.curved = 0  # examples of the first one, for derivatives; 0: all
   config.judged = 0  # batches up to which choices are judged; 0: all
   config.choices = (('/kernel$', options()),)
   config.metrics = (

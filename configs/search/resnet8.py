@@ -14,6 +14,6 @@ from configs.search import common
 def get_config():
   config = common.base('resnet8')
   config.calibration = 512
-  config.curved = 1
+  config.curved = 250
   config.judged = 12
   return config
