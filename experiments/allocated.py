@@ -59,7 +59,8 @@ def remembered(
     if at not in kept:
       site = sites.get(target.name)
       target = dataclasses.replace(target, site=site)
-      kept[at] = member.encode(target, stats.get(site and site.id), key)
+      mine = stats.get(site.id) if site is not None else None
+      kept[at] = member.encode(target, mine, key)
     return kept[at]
 
   return Encoder(member.name, encode)
@@ -130,7 +131,7 @@ def _encoders(
 ) -> dict[str, Callable[[], tuple[models.Workload, Encoder, jax.Array]]]:
   """By 'name/seed': what quantizes, made when it is first asked for."""
   plan = ql.plan(work.apply, work.params, made, *work.example)
-  found = {}
+  found: dict[str, Callable] = {}
   for name in config.encoders:
     member = _encoder(name)
     for seed in range(config.seeds if member.observe is not None else 1):

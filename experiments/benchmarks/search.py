@@ -89,7 +89,7 @@ def _table(config, apply, params, choices, batch, found) -> dict[str, Any]:
 def _probes(config, program, batch) -> dict[str, Any]:
   images, labels = batch
   expansion = taylor.Expansion(program, quality.classification, 'loss')
-  probes = curvature._Probes(expansion)
+  probes = curvature.Probes(expansion)
   forward = jax.jit(program.apply)
   keys = jax.random.split(jax.random.key(config.seed), config.probes)
 

@@ -41,7 +41,7 @@ def trace(
     with the traces.
   """
   program = expansion.program
-  hutchinson = _Probes(expansion)
+  hutchinson = Probes(expansion)
   searched = expansion.searched
   found: list[list[np.ndarray]] = []
   norms: dict[Operand, np.ndarray] = {}
@@ -112,7 +112,7 @@ def _two_level(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return flat.mean(0), error
 
 
-class _Probes:
+class Probes:
   """v_l' (H v)_l of every operand, v random signs on all of them.
 
   The gradient of a batch is linearized once: each probe costs the tangents
