@@ -169,12 +169,13 @@ def _correlations(tables, truth) -> list[dict[str, Any]]:
 
 
 def _explained(tables, truth) -> list[dict[str, Any]]:
-  """How well tables predict the loss of random plans, by kind of plan."""
+  """How well tables predict the loss of random plans, by kind of plan.
+
+  Of what is measured by an objective, plans are measured by the same one.
+  """
   rows = []
   for kind, plans in truth['plans'].items():
     for name, table in tables.items():
-      if name not in ('loss', 'kl', 'similarity', 'fisher', 'hessian'):
-        continue
       measured = truth['joint'][kind]
       true = measured.get(name, measured[truth['objective']])
       true = np.array([v for v, _ in true])
@@ -184,8 +185,11 @@ def _explained(tables, truth) -> list[dict[str, Any]]:
       for terms, q in _cross_terms(name, tables):
         whole = dataclasses.replace(table, interactions=q)
         predicted = np.array([whole.predict(p) for p in plans])
+        fit = _fit(predicted[use], true[use])
+        if name not in (*measured, 'fisher', 'hessian'):
+          del fit['R2']  # of another unit
         head = {'plans': kind, 'table': name, 'interactions': terms}
-        rows.append(head | _fit(predicted[use], true[use]))
+        rows.append(head | fit)
   return rows
 
 
@@ -193,7 +197,7 @@ def _cross_terms(name, tables):
   """None; the table's own interactions; and those of the exact Hessian."""
   own = tables[name].interactions
   found = [('none', None), ('own', own)]
-  if 'hessian' in tables and name != 'hessian':
+  if name in objectives.DIRECT and 'hessian' in tables:
     found.append(('hessian', tables['hessian'].interactions))
   return [(n, q) for n, q in found if n == 'none' or q is not None]
 

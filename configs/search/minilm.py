@@ -5,7 +5,7 @@ r"""Mixed precision of MiniLM: weights of 2 to 8 bits in groups of 64.
   QUANTLAB_DATA=... python -m experiments.search \
     --config=configs/search/minilm.py --workdir=runs/search_minilm
 
-Tables on 50 pairs of sentences (derivatives on 10), choices judged on 100
+Tables on 25 pairs of sentences (derivatives on 10), choices judged on 75
 others; pairs are ordered by length, these are short ones.
 """
 
@@ -16,8 +16,9 @@ def get_config():
   config = common.base('minilm')
   config.calibration = 256
   config.batch_size = 25
+  config.batches = 1
   config.curved = 10
-  config.judged = 6
+  config.judged = 4
   config.choices = (('/embed/', None), ('/kernel$', common.options(group=64)))
   config.iterations = 4
   config.budgets = ('int3(group=64)', 'int4(group=64)')
