@@ -9,8 +9,24 @@ import numpy as np
 import pytest
 
 import quantlab as ql
-from configs.search import digits, hawq_v3, minilm, resnet8, resnet20, stories
-from experiments import allocated, refine, search, sensitivity, spaces, variants
+from configs.search import (
+  digits,
+  hawq_v3,
+  minilm,
+  quantune,
+  resnet8,
+  resnet20,
+  stories,
+)
+from experiments import (
+  allocated,
+  refine,
+  search,
+  sensitivity,
+  spaces,
+  tune,
+  variants,
+)
 from quantlab import models
 from quantlab.models import digits as networks
 from quantlab.search import Table
@@ -177,3 +193,35 @@ def test_spaces_of_the_configs_resolve(module):
     labels = {o for r in found.rows for o in r.options}
     assert option in labels
   assert spaces.metrics(config, work)
+
+
+def test_settings_are_tuned_within_their_space(tmp_path):
+  config = quantune.get_config()
+  table = tune.space(config)
+  assert np.prod([len(r.options) for r in table.rows]) == 96
+  config.model, config.batches, config.first = 'digits_cnn', 1, 2
+  with config.unlocked():
+    config.settings = {
+      'images': {'50': {'calibration': 50}},
+      'bits': {
+        str(b): {
+          'weight': {'format': f'int{b}'},
+          'input': {'format': 'int8', 'per': 'tensor'},
+        }
+        for b in (2, 8)
+      },
+      'ends': {'quantized': {}, 'float': {'float': ('head',)}},
+    }
+  best = tune.run(config, tmp_path / 'run', tmp_path / 'journal', 3)
+  trials = json.loads((tmp_path / 'run' / 'trials.json').read_text())
+  assert len(trials) == 3
+  assert best['accuracy_loss'] == min(t['accuracy_loss'] for t in trials)
+  table = tune.space(config)
+  labels = {'images': '50', 'bits': '8', 'ends': 'float'}
+  choice = [r.options.index(labels[r.name]) for r in table.rows]
+  chosen = tune.setting(config, table, choice)
+  assert chosen['weight'] == {'format': 'int8'}
+  assert chosen['float'] == ('head',)
+  config.settings.images['50'] = {'calibrate': 50}
+  with pytest.raises(variants.ConfigError, match="unknown setting 'calibrate'"):
+    tune.setting(config, table, choice)
