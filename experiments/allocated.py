@@ -2,12 +2,11 @@
 
 What an encoder makes of a weight depends here on its own format and on the
 float model's inputs alone, not on what the weights before it became (as in
-`ql.ptq`, whose walk hands on the quantized stream). Codes of a weight in a
-format are made once, and serve every allocation that gives it that format.
+`ql.ptq`, whose walk hands on the quantized stream). So every weight is encoded
+once a format, and serves every allocation that gives it that format.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,10 +20,8 @@ from quantlab.graph import tracing
 from quantlab.ptq.transform import Encoder
 
 
-def remembered(
-  member: Encoder, work: models.Workload, plan: ql.Plan
-) -> Encoder:
-  """The encoder on the float stream, with every code kept that it made.
+def on_floats(member: Encoder, work: models.Workload, plan: ql.Plan) -> Encoder:
+  """The encoder with statistics of the float stream for every weight.
 
   Args:
     member: an encoder.
@@ -41,7 +38,7 @@ def remembered(
     scanned = [s.id for s in plan.quantized.values() if s.loops]
     if scanned:
       raise variants.ConfigError(
-        f'{member.name} is not remembered for sites in a scan: {scanned[:3]}; '
+        f'{member.name} takes no sites in a scan here: {scanned[:3]}; '
         "use encoders=('rtn',)"
       )
     observer = member.observe(plan)
@@ -51,17 +48,12 @@ def remembered(
       work.calibration,
       observer,
     )
-  kept: dict[Any, Any] = {}
 
   def encode(target, stat, key):
     del stat
-    at = target.name, target.storage.quantizer
-    if at not in kept:
-      site = sites.get(target.name)
-      target = dataclasses.replace(target, site=site)
-      mine = stats.get(site.id) if site is not None else None
-      kept[at] = member.encode(target, mine, key)
-    return kept[at]
+    site = sites.get(target.name)
+    mine = stats.get(site.id) if site is not None else None
+    return member.encode(dataclasses.replace(target, site=site), mine, key)
 
   return Encoder(member.name, encode)
 
@@ -79,69 +71,112 @@ def _sites(work: models.Workload, plan: ql.Plan) -> dict[str, Any]:
   }
 
 
+def encoding(config: Any, work: models.Workload, label: str) -> Callable:
+  """`plan -> variables` by 'encoder/seed', see `search.Encoded`."""
+  name, seed = label.split('/')
+  drawn = _drawn(config, work, int(seed))
+  plan = search.space(
+    work.apply, work.params, spaces.choices(config), *work.example
+  ).columns[0]
+  member = on_floats(encoder(name), drawn, plan)
+
+  def encode(plan):
+    key = jax.random.key(int(seed))
+    return ql.ptq(
+      work.apply, work.params, plan, drawn.calibration, member, key=key
+    ).params
+
+  return encode
+
+
+def tables(
+  folder: runtime.Workdir, config: Any, work: models.Workload
+) -> dict[str, search.Table]:
+  """Direct metrics of what encoders that read data make of each weight.
+
+  By 'metric.encoder', on the first calibration set (AdaQuant's integer
+  programs have such tables, arXiv 2006.10518); kept in the folder.
+  """
+  found: dict[str, search.Table] = {}
+  for name in config.encoders:
+    if encoder(name).observe is None:
+      continue
+    file = f'tables_{name}.json'
+    if folder.read_json(file) is None:
+      measured = spaces.direct_tables(
+        config, work, encoding(config, work, f'{name}/0')
+      )
+      folder.write_json(file, {k: t.to_json() for k, t in measured.items()})
+    kept = folder.read_json(file)
+    found |= {f'{k}.{name}': search.Table.from_json(v) for k, v in kept.items()}
+  return found
+
+
+def labels(config: Any) -> list[str]:
+  """'encoder/seed' of all runs; an encoder that reads no data has one."""
+  return [
+    f'{name}/{seed}'
+    for name in config.encoders
+    for seed in range(config.seeds if encoder(name).observe is not None else 1)
+  ]
+
+
 def judge(
   folder: runtime.Workdir,
   config: Any,
   work: models.Workload,
   found: Mapping[str, search.Allocation],
 ) -> None:
-  """Quantizes by every allocation, encoder and calibration seed, and measures.
+  """Measures every allocation with every encoder and calibration seed.
 
-  An encoder that reads no data is run once. Allocations that chose the same
-  are one measurement under several names.
+  All of them run through one compiled function. Allocations that chose the
+  same are one measurement under several names.
   """
-  encoders = _encoders(config, work, next(iter(found.values())))
-  applies: dict[tuple[int, ...], Any] = {}
-  measured: dict[Any, dict[str, Any]] = {}
-  todo = [
-    (name, label)
-    for name in found
-    for label in encoders
-    if f'q/{name}/{label}' not in folder.metrics
-  ]
-  for name, label in runtime.track(todo, config.model):
-    made = found[name]
-    at = made.choice, label
-    if at not in measured:
-      drawn, member, key = encoders[label]()
-      with runtime.timed() as timer:
-        model = ql.ptq(
-          work.apply, work.params, made, drawn.calibration, member, key=key
+  space = search.space(
+    work.apply, work.params, spaces.choices(config), *work.example
+  )
+  plain = search.Program(work.apply, work.params, space, work.calibration)
+  apply = None
+  for label in runtime.track(labels(config), config.model):
+    todo = [n for n in found if f'q/{n}/{label}' not in folder.metrics]
+    if not todo:
+      continue
+    program = search.Encoded(plain, encoding(config, work, label))
+    apply = apply or program.simulated()
+    measured: dict[tuple[int, ...], dict[str, Any]] = {}
+    for name in todo:
+      made = found[name]
+      if made.choice not in measured:
+        state = program.bits(program.choice(made.choice))
+        values = quality.assess(
+          work.apply,
+          work.params,
+          apply,
+          program.variables(work.params, state),
+          spaces.judged_on(config, work),
+          work.metric,
         )
-      # One function a plan: its other seeds and encoders compile nothing.
-      apply = applies.setdefault(made.choice, model.apply)
-      values = quality.assess(
-        work.apply,
-        work.params,
-        apply,
-        model.params,
-        spaces.judged_on(config, work),
-        work.metric,
+        measured[made.choice] = quality.flat(values['quality']) | quality.flat(
+          values['contrast']
+        )
+      folder.metrics.record(
+        f'q/{name}/{label}',
+        measured[made.choice] | {'nbytes': made.costs['bytes']},
       )
-      measured[at] = (
-        quality.flat(values['quality'])
-        | quality.flat(values['contrast'])
-        | {'nbytes': model.nbytes, 'seconds': timer.seconds}
-      )
-    folder.metrics.record(f'q/{name}/{label}', measured[at])
 
 
-def _encoders(
-  config: Any, work: models.Workload, made: search.Allocation
-) -> dict[str, Callable[[], tuple[models.Workload, Encoder, jax.Array]]]:
-  """By 'name/seed': what quantizes, made when it is first asked for."""
-  plan = ql.plan(work.apply, work.params, made, *work.example)
-  found: dict[str, Callable] = {}
-  for name in config.encoders:
-    member = _encoder(name)
-    for seed in range(config.seeds if member.observe is not None else 1):
-      found[f'{name}/{seed}'] = functools.cache(
-        functools.partial(_ready, config, work, plan, member, seed)
-      )
-  return found
+def _drawn(config: Any, work: models.Workload, seed: int) -> models.Workload:
+  """The model with a calibration set of a seed."""
+  if not config.calibration:
+    return work
+  drawn = models.workload(
+    config.model, seed=seed, calibration=config.calibration
+  )
+  return dataclasses.replace(work, calibration=drawn.calibration)
 
 
-def _encoder(name: str) -> Encoder:
+def encoder(name: str) -> Encoder:
+  """The one member of a chain that a config names."""
   [*before, member] = variants.transform({'transform': name})
   if before or not isinstance(member, Encoder):
     raise variants.ConfigError(
@@ -149,13 +184,3 @@ def _encoder(name: str) -> Encoder:
       "'rtn' or 'gptq'"
     )
   return member
-
-
-def _ready(config, work, plan, member, seed):
-  drawn = work
-  if config.calibration:
-    drawn = models.workload(
-      config.model, seed=seed, calibration=config.calibration
-    )
-  drawn = dataclasses.replace(work, calibration=drawn.calibration)
-  return drawn, remembered(member, drawn, plan), jax.random.key(seed)

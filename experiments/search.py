@@ -57,6 +57,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     return {}
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
     tables = spaces.tables(folder, config, work)
+    tables |= allocated.tables(folder, config, work)
     found = allocations(config, tables)
     for name, made in found.items():
       if name not in folder.read_json('plan.json', {}):

@@ -1,7 +1,7 @@
 """Search spaces and tables from a config's plain values."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -85,30 +85,43 @@ def _measure(
   config: Any, work: models.Workload, names: tuple[str, ...]
 ) -> dict[str, search.Table]:
   """Tables in order: what is run on all batches, derivatives on fewer."""
-  direct = tuple(n for n in names if n in objectives.DIRECT)
-  rest = tuple(n for n in names if n not in direct)
-  batches: Any = measured_on(config, work)
-  few = batches
-  if config.curved:
-    first = next(iter(batches))
-    few = [tuple(x[: config.curved] for x in first)]
-  found: dict[str, search.Table] = {}
-  for some, given in ((direct, batches), (rest, few)):
-    if some:
-      found |= ql.sensitivity(
-        work.apply,
-        work.params,
-        choices(config),
-        given,
-        some,
-        task=work.metric,
-        ties=config.get('ties', ()),
-        interactions=[n for n in config.interactions if n in some],
-        probes=config.get('probes', 64),
-        iterations=config.get('iterations', 20),
-        key=jax.random.key(config.seed),
-      )
+  found = direct_tables(config, work)
+  rest = tuple(n for n in names if n not in found)
+  if rest:
+    few: Any = measured_on(config, work)
+    if config.curved:
+      few = [tuple(x[: config.curved] for x in next(iter(few)))]
+    found |= _sensitivity(config, work, few, rest)
   return {n: found[n] for n in names}
+
+
+def direct_tables(
+  config: Any, work: models.Workload, encode: Callable | None = None
+) -> dict[str, search.Table]:
+  """Tables of what is run; of weights that were encoded, if they are."""
+  names = tuple(n for n in metrics(config, work) if n in objectives.DIRECT)
+  if not names:
+    return {}
+  return _sensitivity(
+    config, work, measured_on(config, work), names, encode=encode
+  )
+
+
+def _sensitivity(config, work, batches, names, **more):
+  return ql.sensitivity(
+    work.apply,
+    work.params,
+    choices(config),
+    batches,
+    names,
+    task=work.metric,
+    ties=config.get('ties', ()),
+    interactions=[n for n in config.interactions if n in names],
+    probes=config.probes,
+    iterations=config.iterations,
+    key=jax.random.key(config.seed),
+    **more,
+  )
 
 
 def workload(config: Any) -> models.Workload | None:

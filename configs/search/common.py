@@ -46,10 +46,14 @@ def base(model: str) -> ml_collections.ConfigDict:
   config.allocations = (
     ('kl', 'dp'),
     ('kl', 'quadratic'),
+    ('kl.gptq', 'dp'),  # measured on what GPTQ makes of each weight
+    ('kl.gptq', 'quadratic'),
     ('loss', 'dp'),
     ('loss', 'quadratic'),
     ('similarity', 'dp'),
     ('similarity', 'quadratic'),
+    ('similarity.gptq', 'dp'),
+    ('similarity.gptq', 'quadratic'),
     ('output_mse', 'dp'),
     ('fisher', 'dp'),
     ('hessian', 'dp'),

@@ -18,6 +18,7 @@ from quantlab.search import (
   responses,
   taylor,
 )
+from quantlab.search.encoded import Encoded
 from quantlab.search.measure import Measure
 from quantlab.search.program import Inputs, Program
 from quantlab.search.space import Cost, space
@@ -48,6 +49,7 @@ def sensitivity(
   task: metrics.Metric = metrics.unlabelled,
   of: str | None = None,
   base: str | None = None,
+  encode: Callable[[Any], Any] | None = None,
   ties: Iterable[Sequence[str]] = (),
   costs: Mapping[str, Cost] | None = None,
   interactions: bool | Sequence[str] = False,
@@ -94,6 +96,8 @@ def sensitivity(
     of: the objective whose derivatives are taken; the loss by default, where
       the task has none 'similarity' or 'kl'.
     base: the option of every other row; float by default.
+    encode: `plan -> variables`: weights are what an encoder makes of them (see
+      `search.Encoded`) and not rounded to nearest; direct metrics alone.
     ties: groups of sites that take one option.
     costs: further costs, `plan -> {site: cost}`.
     interactions: measure what every two options do jointly too; True for all
@@ -120,6 +124,12 @@ def sensitivity(
       raise ValueError(f'unknown metric {name!r}; known: {list(METRICS)}')
     if name in objectives.DIRECT:
       objectives.check(task, name)
+  derived = [n for n in names if n not in objectives.DIRECT]
+  if encode is not None and derived:
+    raise ValueError(
+      f'{derived} expand the errors of rounding; with encode= ask for what is '
+      f'run: {list(objectives.DIRECT)}'
+    )
   joint = _interacting(names, interactions)
   of = objectives.check(task, of or objectives.default(task))
   if of not in objectives.SMOOTH:
@@ -132,6 +142,8 @@ def sensitivity(
     raise ValueError('there is no batch to measure on; give at least one')
   found = space(apply, params, choices, *first, ties=ties, costs=costs)
   program = Program(apply, params, found, inputs)
+  if encode is not None:
+    program = Encoded(program, encode)
   key = jax.random.key(0) if key is None else key
   run = _Run(program, batches, task, names, of, base, key)
   entries, facts = run.all(probes, iterations, tolerance)
