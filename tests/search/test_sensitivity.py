@@ -188,6 +188,46 @@ def test_direct_metrics_are_those_of_the_deployed_model(tables):
       assert tables['loss'].values[row][k] == pytest.approx(change, abs=1e-5)
 
 
+def test_encoded_weights_take_the_place_of_rounded_ones(tables):
+  def rounded(plan):
+    return ql.ptq(mlp, PARAMS, plan, XS).params
+
+  choices = {'/a': [ql.int2(), None, ql.int4()], '/b': [ql.int3(), ql.int4()]}
+
+  def measured(encode):
+    return ql.sensitivity(
+      mlp,
+      PARAMS,
+      choices,
+      BATCHES,
+      'kl',
+      task=quality.classification,
+      encode=encode,
+      interactions=True,
+    )
+
+  table = measured(rounded)
+  want = tables['kl']
+  a, b = table.values
+  np.testing.assert_allclose(
+    [a[0], a[2], *b], [*want.values[0][::2], *want.values[1][1:]], rtol=1e-3
+  )
+  assert a[1] == 0
+  np.testing.assert_allclose(
+    table.interactions[0, 3], want.interactions[0, 4], rtol=1e-3
+  )
+  with pytest.raises(ValueError, match='expand the errors of rounding'):
+    ql.sensitivity(
+      mlp,
+      PARAMS,
+      choices,
+      BATCHES,
+      'hessian',
+      task=quality.classification,
+      encode=rounded,
+    )
+
+
 def test_activations_have_a_second_order_too():
   table = ql.sensitivity(
     mlp,
