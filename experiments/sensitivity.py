@@ -197,7 +197,7 @@ def _cross_terms(name, tables):
   """None; the table's own interactions; and those of the exact Hessian."""
   own = tables[name].interactions
   found = [('none', None), ('own', own)]
-  if name in objectives.DIRECT and 'hessian' in tables:
+  if name != 'hessian' and own is not None and 'hessian' in tables:
     found.append(('hessian', tables['hessian'].interactions))
   return [(n, q) for n, q in found if n == 'none' or q is not None]
 
