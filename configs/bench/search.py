@@ -18,7 +18,7 @@ def get_config() -> config_dict.ConfigDict:
       'images': {'table': 32, 'probes': 64, 'population': 32},
       'widths': (2, 3, 4, 6, 8),
       'compiled': 3,
-      'probes': 24,
+      'probes': 16,
       'plans': 32,
       'rounds': {'table': 1, 'probes': 1, 'population': 2},
       # Largest ratios: to the loop, to forward passes, to sequential calls.
