@@ -44,9 +44,9 @@ def setting(config: Any, table: search.Table, choice: Sequence[int]) -> Any:
   settings = config.settings.to_dict()
   for name, label in table.labels(choice).items():
     for key, value in settings[name][label].items():
-      old = found.get(key)
-      both = isinstance(value, Mapping) and isinstance(old, Mapping)
-      found[key] = {**old, **value} if both else value
+      if isinstance(value, Mapping):
+        value = {**found.get(key, {}), **value}
+      found[key] = value
   for key in found:
     variants.check_name('setting', key, KEYS)
   return found
@@ -102,7 +102,7 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
   )
   made.run(functools.partial(measure, config, table), trials)
   history = made.history()
-  rows = [
+  rows: list[dict[str, Any]] = [
     {**table.labels(c), 'accuracy_loss': v[0] if v else float('nan')}
     for c, v in history
   ]

@@ -89,11 +89,12 @@ class Encoded(Program):
         if q is None
         else layout.to_canonical(by_column[column][name].dequantize())
         for q, column in zip(
-          self.choices[site, 'weight'],
-          (*self.space.column_of[site], None),
+          self.choices[site, 'weight'][:-1],
+          self.space.column_of[site],
           strict=True,
         )
       ]
+      each.append(None)  # float, beyond the options
       shape = next(x for x in each if x is not None)
       found[operand] = jnp.stack(
         [jnp.zeros_like(shape) if x is None else x for x in each]
