@@ -20,13 +20,21 @@ from rich import box
 from rich import table as rich_table
 
 from experiments import command_line
-from experiments.benchmarks import conv, matmul, second_order, trace, training
+from experiments.benchmarks import (
+  conv,
+  matmul,
+  search,
+  second_order,
+  trace,
+  training,
+)
 from quantlab import runtime
 
 # By name; a new one is a file in experiments/benchmarks and a line here.
 BENCHMARKS = {
   'conv': conv.run,
   'matmul': matmul.run,
+  'search': search.run,
   'second_order': second_order.run,
   'trace': trace.run,
   'training': training.run,

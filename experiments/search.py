@@ -14,13 +14,12 @@ manifest.json, tables.json, plan.json (by name; `ql.Plan.from_json` reads one,
 import sys
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags, logging
 
 import quantlab as ql
-from experiments import command_line, sensitivity, spaces, variants
-from quantlab import models, quality, report, runtime, search
+from experiments import allocated, command_line, sensitivity, spaces, variants
+from quantlab import report, runtime, search
 from quantlab.report import plots, search_plots
 
 
@@ -58,20 +57,13 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     return {}
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
     tables = spaces.tables(folder, config, work)
+    tables |= allocated.tables(folder, config, work)
     found = allocations(config, tables)
     for name, made in found.items():
       if name not in folder.read_json('plan.json', {}):
         plan = ql.plan(work.apply, work.params, made, *work.example)
         folder.update_json('plan.json', name, plan.to_json())
-    todo = [
-      (name, encoder, seed)
-      for name in found
-      for encoder in config.encoders
-      for seed in range(config.seeds)
-      if f'q/{name}/{encoder}/{seed}' not in folder.metrics
-    ]
-    for name, encoder, seed in runtime.track(todo, config.model):
-      _judge(folder, config, work, name, found[name], encoder, seed)
+    allocated.judge(folder, config, work, found)
     rows = _rows(config, folder, found)
     report.print_rows(rows)
     folder.write_text('report.html', _page(config, tables, found, rows))
@@ -93,52 +85,17 @@ def allocations(
       table = tables[metric]
       if metric not in ('lrp', 'sqnr'):  # whose zero means nothing
         table = table.floored()
-      if method != 'quadratic' and table.interactions is not None:
-        # The others know sums alone.
+      if method != 'quadratic':  # the others know sums alone
         table = search.additive(table)
-      found[f'{option}/{metric}-{method}'] = ql.allocate(
-        table, uniform.costs['bytes'], method, seed=config.seed
-      )
+      elif table.interactions is None:
+        continue
+      draws = range(config.get('draws', 1) if method == 'random' else 1)
+      for draw in draws:
+        name = f'{option}/{metric}-{method}' + f'-{draw}' * (len(draws) > 1)
+        found[name] = ql.allocate(
+          table, uniform.costs['bytes'], method, seed=config.seed + draw
+        )
   return found
-
-
-def _judge(
-  folder: runtime.Workdir,
-  config: Any,
-  work: models.Workload,
-  name: str,
-  made: search.Allocation,
-  encoder: str,
-  seed: int,
-) -> None:
-  """Quantizes by one allocation and measures what came out."""
-  drawn = work
-  if config.get('calibration', 0):
-    drawn = models.workload(
-      config.model, seed=seed, calibration=config.calibration
-    )
-  with runtime.timed() as timer:
-    model = ql.ptq(
-      work.apply,
-      work.params,
-      made,
-      drawn.calibration,
-      variants.transform({'transform': encoder}),
-      key=jax.random.key(seed),
-    )
-  found = quality.assess(
-    work.apply,
-    work.params,
-    model.apply,
-    model.params,
-    spaces.judged_on(config, work),
-    work.metric,
-  )
-  sizes = {'nbytes': model.nbytes, 'seconds': timer.seconds}
-  folder.metrics.record(
-    f'q/{name}/{encoder}/{seed}',
-    quality.flat(found['quality']) | quality.flat(found['contrast']) | sizes,
-  )
 
 
 def _rows(config, folder, found) -> list[dict[str, Any]]:

@@ -3,16 +3,17 @@ r"""Sensitivity of every site to every format, by every metric, and the truth.
   python -m experiments.sensitivity --config=configs/search/digits.py \
     --workdir=runs/search_digits
 
-Measures the tables of the config's metrics on its first labelled batches, then
-on the others the true change of loss of quantizing one site, and of
-`random_plans` random plans. Prints Spearman's rank correlation of every metric
-with the truth (bootstrap intervals over sites and options), and how much of
-the loss of random plans the sums of entries explain, with and without
+Measures the tables of the config's metrics on its first labelled batches, and
+on the others the true change of loss of quantizing one site. Prints Spearman's
+rank correlation of every metric with that truth (bootstrap intervals over sites
+and options); and how much of the loss of `random_plans` random plans, measured
+on the batches of the tables, sums of their entries explain, alone and with
 interactions. The workdir gets config.json, manifest.json, tables.json,
 truth.json, sensitivity.json and sensitivity.html; `experiments.search` may have
 the same one, and then measures no table again.
 """
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -56,10 +57,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
       for k, n in (('', 'spearman'), ('_low', 'low'), ('_high', 'high'))
     }
     metrics |= {
-      f'random_plans/{r["table"]}/{k}': v
+      f'random_plans/{r["plans"]}/{r["table"]}/{r["interactions"]}/{k}': v
       for r in explained
       for k, v in r.items()
-      if k != 'table'
+      if not isinstance(v, str)
     }
     folder.write_json('sensitivity.json', metrics)
     report.print_rows(rows)
@@ -92,30 +93,48 @@ def _truth(
   kept = folder.read_json('truth.json')
   if kept is not None:
     return kept
-  table = next(iter(tables.values()))
+  rows = next(iter(tables.values())).rows
   rng = np.random.default_rng(config.seed)
-  plans = [
-    [int(rng.integers(len(r.options))) for r in table.rows]
-    for _ in range(config.random_plans)
-  ]
+  plans = {
+    kind: [
+      [
+        int(rng.integers(min(low, len(r.options) - 1), len(r.options)))
+        for r in rows
+      ]
+      for _ in range(config.random_plans)
+    ]
+    for kind, low in config.kinds
+  }
   objective = objectives.default(work.metric)
   found = search.space(
     work.apply, work.params, spaces.choices(config), *work.example
   )
   program = search.Program(work.apply, work.params, found, work.calibration)
-  measure = search.Measure(
-    program, spaces.judged_on(config, work), work.metric, [objective]
+  names = dict.fromkeys(
+    n for n in (objective, 'kl') if n in objectives.known(work.metric)
   )
-  chosen = [program.alone(i, k, program.float) for i, k in table.flat]
-  chosen += [program.choice(p) for p in plans]
+  measure = search.Measure(
+    program, spaces.measured_on(config, work), work.metric, list(names)
+  )
   with runtime.timed() as timer:
-    values = measure(chosen, runtime.track)[objective]
-  count = len(table.flat)
+    joint = {
+      kind: measure([program.choice(p) for p in some], runtime.track)
+      for kind, some in plans.items()
+    }
+    measure.batches = spaces.judged_on(config, work)
+    alone = measure(
+      [
+        program.alone(i, k, program.float)
+        for i, r in enumerate(rows)
+        for k in range(len(r.options))
+      ],
+      runtime.track,
+    )
   truth = {
     'objective': objective,
-    'alone': values[:count],
+    'alone': alone[objective],
     'plans': plans,
-    'joint': values[count:],
+    'joint': joint,
     'seconds': timer.seconds,
   }
   folder.write_json('truth.json', truth)
@@ -150,35 +169,46 @@ def _correlations(tables, truth) -> list[dict[str, Any]]:
 
 
 def _explained(tables, truth) -> list[dict[str, Any]]:
-  """R squared of predicted against measured losses of random plans."""
-  joint = np.array([v for v, _ in truth['joint']])
+  """How well tables predict the loss of random plans, by kind of plan.
+
+  Of what is measured by an objective, plans are measured by the same one.
+  """
   rows = []
-  for name, table in tables.items():
-    if name not in ('loss', 'kl', 'similarity', 'fisher', 'hessian'):
-      continue
-    additive, whole = [], []
-    for plan in truth['plans']:
-      alone = sum(v[k] for v, k in zip(table.values, plan, strict=True))
-      additive.append(alone)
-      whole.append(table.predict(plan))
-    use = np.isfinite(joint)
-    if use.sum() < 3:
-      continue
-    rows.append(
-      {'table': name}
-      | _fit('additive', np.array(additive)[use], joint[use])
-      | _fit('with interactions', np.array(whole)[use], joint[use])
-    )
+  for kind, plans in truth['plans'].items():
+    for name, table in tables.items():
+      measured = truth['joint'][kind]
+      true = measured.get(name, measured[truth['objective']])
+      true = np.array([v for v, _ in true])
+      use = np.isfinite(true)
+      if use.sum() < 3:
+        continue
+      for terms, q in _cross_terms(name, tables):
+        whole = dataclasses.replace(table, interactions=q)
+        predicted = np.array([whole.predict(p) for p in plans])
+        fit = _fit(predicted[use], true[use])
+        if name not in (*measured, 'fisher', 'hessian'):
+          del fit['R2']  # of another unit
+        head = {'plans': kind, 'table': name, 'interactions': terms}
+        rows.append(head | fit)
   return rows
 
 
-def _fit(label: str, predicted: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+def _cross_terms(name, tables):
+  """None; the table's own interactions; and those of the exact Hessian."""
+  own = tables[name].interactions
+  found = [('none', None), ('own', own)]
+  if name != 'hessian' and own is not None and 'hessian' in tables:
+    found.append(('hessian', tables['hessian'].interactions))
+  return [(n, q) for n, q in found if n == 'none' or q is not None]
+
+
+def _fit(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
   spread = np.square(true - true.mean()).sum()
   correlation = np.corrcoef(predicted, true)[0, 1]
   return {
-    f'{label}: R2': float(1 - np.square(true - predicted).sum() / spread),
-    f'{label}: r squared': float(correlation**2),
-    f'{label}: Spearman': quality.spearman(predicted, true),
+    'R2': float(1 - np.square(true - predicted).sum() / spread),
+    'r squared': float(correlation**2),
+    'Spearman': quality.spearman(predicted, true),
   }
 
 

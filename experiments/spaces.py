@@ -1,7 +1,7 @@
 """Search spaces and tables from a config's plain values."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -73,23 +73,55 @@ def tables(
     for table in found.values():
       table.check_model(runtime.fingerprint(work.params))
     return found
+  names = metrics(config, work)
   with runtime.timed() as timer:
-    found = ql.sensitivity(
-      work.apply,
-      work.params,
-      choices(config),
-      measured_on(config, work),
-      metrics(config, work),
-      task=work.metric,
-      ties=config.get('ties', ()),
-      interactions=config.get('interactions', False),
-      probes=config.get('probes', 64),
-      iterations=config.get('iterations', 20),
-      key=jax.random.key(config.seed),
-    )
+    found = _measure(config, work, names)
   folder.write_json('tables.json', {k: t.to_json() for k, t in found.items()})
   folder.write_json('seconds.json', {'tables': timer.seconds})
   return found
+
+
+def _measure(
+  config: Any, work: models.Workload, names: tuple[str, ...]
+) -> dict[str, search.Table]:
+  """Tables in order: what is run on all batches, derivatives on fewer."""
+  found = direct_tables(config, work)
+  rest = tuple(n for n in names if n not in found)
+  if rest:
+    few: Any = measured_on(config, work)
+    if config.curved:
+      few = [tuple(x[: config.curved] for x in next(iter(few)))]
+    found |= _sensitivity(config, work, few, rest)
+  return {n: found[n] for n in names}
+
+
+def direct_tables(
+  config: Any, work: models.Workload, encode: Callable | None = None
+) -> dict[str, search.Table]:
+  """Tables of what is run; of weights that were encoded, if they are."""
+  names = tuple(n for n in metrics(config, work) if n in objectives.DIRECT)
+  if not names:
+    return {}
+  return _sensitivity(
+    config, work, measured_on(config, work), names, encode=encode
+  )
+
+
+def _sensitivity(config, work, batches, names, **more):
+  return ql.sensitivity(
+    work.apply,
+    work.params,
+    choices(config),
+    batches,
+    names,
+    task=work.metric,
+    ties=config.get('ties', ()),
+    interactions=[n for n in config.interactions if n in names],
+    probes=config.probes,
+    iterations=config.iterations,
+    key=jax.random.key(config.seed),
+    **more,
+  )
 
 
 def workload(config: Any) -> models.Workload | None:
@@ -97,7 +129,8 @@ def workload(config: Any) -> models.Workload | None:
   variants.check_name('model', config.model, tuple(models.WORKLOADS))
   for name in metrics_of(config):
     variants.check_name('metric', name, search.METRICS)
-  return steps.load(config, config.model)
+  sizes = {'batch_size': config.batch_size} if config.batch_size else {}
+  return steps.load(config, config.model, **sizes)
 
 
 def metrics_of(config: Any) -> tuple[str, ...]:

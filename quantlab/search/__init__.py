@@ -7,6 +7,7 @@ from quantlab.search.bisection import Bisection as Bisection
 from quantlab.search.bisection import bisect as bisect
 from quantlab.search.distill import batch_norms as batch_norms
 from quantlab.search.distill import distill as distill
+from quantlab.search.encoded import Encoded as Encoded
 from quantlab.search.knapsack import Front as Front
 from quantlab.search.measure import Measure as Measure
 from quantlab.search.program import Inputs as Inputs

@@ -8,16 +8,18 @@ that is reported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from quantlab.search import objectives
 from quantlab.search.program import Operand, Program, split
-from quantlab.search.simulate import Shifts, kind
+from quantlab.search.simulate import kind
 from quantlab.search.taylor import Expansion
 
 Entries = list[tuple[float, float]]
@@ -39,7 +41,7 @@ def trace(
     with the traces.
   """
   program = expansion.program
-  hutchinson = _Probes(expansion)
+  hutchinson = Probes(expansion)
   searched = expansion.searched
   found: list[list[np.ndarray]] = []
   norms: dict[Operand, np.ndarray] = {}
@@ -49,9 +51,8 @@ def trace(
   for i, batch in enumerate(track(batches, 'trace')):
     inputs, targets = split(batch, expansion.task.targets, i)
     keys = jax.random.split(jax.random.fold_in(key, i), probes)
-    rows = [
-      hutchinson.products(program.params, k, inputs, targets) for k in keys
-    ]
+    prepared = hutchinson.linearized(program.params, inputs, targets)
+    rows = [hutchinson.products(prepared, k) for k in keys]
     found.append([np.array([float(r[o]) for o in searched]) for r in rows])
     b = np.shape(jax.tree.leaves(inputs)[0])[0]
     for o, x in jax.device_get(squared(program.params, inputs)).items():
@@ -59,9 +60,9 @@ def trace(
       x = np.asarray(x, float).reshape(-1, x.shape[-1]).sum(0)[:-1]
       norms[o] = norms.get(o, 0) + x * share * b
     if not sizes:
-      counted = jax.device_get(hutchinson.sizes(program.params, inputs))
-      for o, x in counted.items():
-        sizes[o] = float(x) / (1 if kind(o[1]) == 'weight' else b)
+      for o, shape in hutchinson.offsets.shapes(inputs).items():
+        share = 1 if kind(o[1]) == 'weight' else b
+        sizes[o] = math.prod(shape) / share
     examples += b
   samples = np.array(found)  # batches, probes, operands
   mean, spread = _two_level(samples)
@@ -111,53 +112,68 @@ def _two_level(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return flat.mean(0), error
 
 
-class _Probes:
-  """Products of the Hessian with random signs on every operand."""
+class Probes:
+  """v_l' (H v)_l of every operand, v random signs on all of them.
+
+  The gradient of a batch is linearized once: each probe costs the tangents
+  alone, and the activations of both passes are held meanwhile.
+  """
 
   def __init__(self, expansion: Expansion):
-    self.expansion = expansion
-    self.program = expansion.program
-    self._shifted = self.program.simulated(Shifts(self.program.options))
-    self._mean = objectives.mean(expansion.task, expansion.of)
+    self.offsets = _Offsets(expansion)
+    self.linearized = jax.jit(self._linearized)
     self.products = jax.jit(self._products)
-    self.sizes = jax.jit(self._sizes)
 
-  def _outputs(self, params, t, key, inputs, slots=None):
-    def leaves(operand, loops):
-      if operand not in t:
-        return {}
-      count = int(np.prod(loops))
-      words = jax.random.key_data(jax.random.split(key, count))
-      given = {
-        'strength': jnp.broadcast_to(t[operand], (*loops, 1)),
-        'offset': words.reshape(*loops, -1),
-      }
-      return given if slots is None else given | {'alpha': slots[operand]}
+  def _linearized(self, params, inputs, targets):
+    shapes = self.offsets.shapes(inputs)
+    zero = {o: jnp.zeros(s) for o, s in shapes.items()}
+    gradient = self.offsets.gradient(params, inputs, targets)
+    return zero, jax.linearize(gradient, zero)[1]
 
-    state = self.program.state(leaves)
-    return self._shifted(self.program.variables(params, state), *inputs)
+  def _products(self, prepared, key):
+    zero, linear = prepared
+    v = {
+      o: jax.random.rademacher(jax.random.fold_in(key, j), x.shape, x.dtype)
+      for j, (o, x) in enumerate(zero.items())
+    }
+    return {o: jnp.vdot(v[o], x) for o, x in linear(v).items()}
 
-  def _products(self, params, key, inputs, targets):
-    t = {o: jnp.zeros(()) for o in self.expansion.searched}
-    reference = self._outputs(params, t, key, inputs)
 
-    def loss(t):
-      outputs = self._outputs(params, t, key, inputs)
-      return self._mean(reference, outputs, targets)
+class _Offsets:
+  """The loss of one batch as a function of what is added to every operand."""
 
-    ones = {o: jnp.ones(()) for o in t}
-    return jax.jvp(jax.grad(loss), (t,), (ones,))[1]
+  def __init__(self, expansion: Expansion):
+    self.expansion, self.program = expansion, expansion.program
+    self._mean = objectives.mean(expansion.task, expansion.of)
+    self._added = _Added()
+    self._run = self.program.simulated(self._added)
 
-  def _sizes(self, params, inputs):
-    """Elements of every operand: the squared norm of signs."""
-    t = {o: jnp.zeros(()) for o in self.expansion.searched}
-    key = jax.random.key(0)
+  def shapes(self, inputs: Any) -> dict[Operand, tuple[int, ...]]:
+    """Shapes of the offsets; operands inside loops have one for each turn."""
+    params = self.program.params
+    jax.eval_shape(lambda p: self._outputs(p, {}, inputs), params)
+    effective = self.program.space.plan.effective
+    found = {}
+    for o in self.expansion.searched:
+      outside = kind(o[1]) == 'weight' and o[0] not in effective
+      loops = () if outside else self.program.operands[o]
+      found[o] = (*loops, *self._added.shapes[o])
+    return found
 
-    def total(slots):
-      return self._outputs(params, t, key, inputs, slots).sum()
+  def _outputs(self, params, offsets, inputs):
+    state = self.program.state(
+      lambda o, loops: {'offset': offsets[o]} if o in offsets else {}
+    )
+    return self._run(self.program.variables(params, state), *inputs)
 
-    slots = {o: jnp.zeros((*self.program.operands[o], 1)) for o in t}
-    return jax.tree.map(jnp.sum, jax.grad(total)(slots))
+  def gradient(self, params, inputs, targets) -> Callable:
+    """Offsets -> gradient of the batch's mean loss."""
+
+    def loss(offsets):
+      outputs = self._outputs(params, offsets, inputs)
+      return self._mean(lax.stop_gradient(outputs), outputs, targets)
+
+    return jax.grad(loss)
 
 
 class _Added:
@@ -236,35 +252,14 @@ class _Power:
   def __init__(self, expansion: Expansion, batches: Sequence[Any]):
     self.program, self.task = expansion.program, expansion.task
     self.batches = batches
-    self._mean = objectives.mean(expansion.task, expansion.of)
-    self._added = _Added()
-    self._run = self.program.simulated(self._added)
-    inputs, _ = split(batches[0], self.task.targets)
-    jax.eval_shape(lambda p: self._outputs(p, {}, inputs), self.program.params)
-    effective = self.program.space.plan.effective
-    self.shapes = {
-      o: (*self.program.operands[o], *self._added.shapes[o])
-      if o[0] in effective
-      else self._added.shapes[o]
-      for o in expansion.searched
-    }
+    self.offsets = _Offsets(expansion)
+    self.shapes = self.offsets.shapes(split(batches[0], self.task.targets)[0])
     self._product = jax.jit(self._hessian_product)
-
-  def _outputs(self, params, offsets, inputs):
-    state = self.program.state(
-      lambda o, loops: {'offset': offsets[o]} if o in offsets else {}
-    )
-    return self._run(self.program.variables(params, state), *inputs)
 
   def _hessian_product(self, params, v, inputs, targets):
     zero = jax.tree.map(jnp.zeros_like, v)
-    reference = self._outputs(params, zero, inputs)
-
-    def loss(offsets):
-      outputs = self._outputs(params, offsets, inputs)
-      return self._mean(reference, outputs, targets)
-
-    return jax.jvp(jax.grad(loss), (zero,), (v,))[1]
+    gradient = self.offsets.gradient(params, inputs, targets)
+    return jax.jvp(gradient, (zero,), (v,))[1]
 
   def _products(self, v) -> list[dict[Operand, jax.Array]]:
     """H v of each batch, on the operands of v that are not zero."""

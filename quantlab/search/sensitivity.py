@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,14 @@ import numpy as np
 
 from quantlab import runtime
 from quantlab.quality import metric as metrics
-from quantlab.search import curvature, objectives, relevance, taylor
+from quantlab.search import (
+  curvature,
+  objectives,
+  relevance,
+  responses,
+  taylor,
+)
+from quantlab.search.encoded import Encoded
 from quantlab.search.measure import Measure
 from quantlab.search.program import Inputs, Program
 from quantlab.search.space import Cost, space
@@ -25,7 +33,10 @@ METRICS = (
   'eigenvalue',
   'lrp',
 )
+# Metrics that know what two rows do jointly.
+INTERACTING = (*objectives.SMOOTH, 'hessian')
 Entries = list[tuple[float, float]]
+Joint = tuple[np.ndarray, np.ndarray]
 
 
 def sensitivity(
@@ -38,9 +49,10 @@ def sensitivity(
   task: metrics.Metric = metrics.unlabelled,
   of: str | None = None,
   base: str | None = None,
+  encode: Callable[[Any], Any] | None = None,
   ties: Iterable[Sequence[str]] = (),
   costs: Mapping[str, Cost] | None = None,
-  interactions: bool = False,
+  interactions: bool | Sequence[str] = False,
   key: jax.Array | None = None,
   probes: int = 64,
   iterations: int = 50,
@@ -84,10 +96,15 @@ def sensitivity(
     of: the objective whose derivatives are taken; the loss by default, where
       the task has none 'similarity' or 'kl'.
     base: the option of every other row; float by default.
+    encode: `plan -> variables`: weights are what an encoder makes of them (see
+      `search.Encoded`) and not rounded to nearest; direct metrics alone.
     ties: groups of sites that take one option.
     costs: further costs, `plan -> {site: cost}`.
-    interactions: measure d_i' H_ij d_j of every two options too (one
-      Hessian-vector product an option and batch).
+    interactions: measure what every two options do jointly too; True for all
+      metrics that can, or the names of some. 'hessian' takes d_i' H_ij d_j
+      (one Hessian-vector product an option and batch, see `search.taylor`),
+      direct metrics the responses of the outputs (one more run an option and
+      batch, see `search.responses`).
     key: of random probes; `jax.random.key(0)` by default.
     probes: Hutchinson's, for each batch.
     iterations: of the power method at most.
@@ -97,8 +114,9 @@ def sensitivity(
     A `search.Table`, or `{metric: Table}` where several are asked for.
 
   Raises:
-    ValueError: an unknown metric, or one that the task has not; nothing to
-      choose, options in conflict; no batches, or not finite ones.
+    ValueError: an unknown metric, or one that the task has not;
+      interactions of one that has none; nothing to choose, options in
+      conflict; no batches, or not finite ones.
   """
   names = (metric,) if isinstance(metric, str) else tuple(metric)
   for name in names:
@@ -106,6 +124,13 @@ def sensitivity(
       raise ValueError(f'unknown metric {name!r}; known: {list(METRICS)}')
     if name in objectives.DIRECT:
       objectives.check(task, name)
+  derived = [n for n in names if n not in objectives.DIRECT]
+  if encode is not None and derived:
+    raise ValueError(
+      f'{derived} expand the errors of rounding; with encode= ask for what is '
+      f'run: {list(objectives.DIRECT)}'
+    )
+  joint = _interacting(names, interactions)
   of = objectives.check(task, of or objectives.default(task))
   if of not in objectives.SMOOTH:
     raise ValueError(
@@ -117,18 +142,31 @@ def sensitivity(
     raise ValueError('there is no batch to measure on; give at least one')
   found = space(apply, params, choices, *first, ties=ties, costs=costs)
   program = Program(apply, params, found, inputs)
+  if encode is not None:
+    program = Encoded(program, encode)
   key = jax.random.key(0) if key is None else key
-  run = _Run(program, batches, task, of, base, key)
-  entries, facts = run.all(names, probes, iterations, tolerance)
-  inner = None
-  if interactions:
-    inner, spread = taylor.interactions(run.expansion, batches, runtime.track)
-    facts['interactions'] = {'of': of, 'stderr': _root_mean_square(spread)}
-  tables = {
-    n: run.table(n, entries[n], facts | {'base': base or 'float'}, inner)
-    for n in names
-  }
+  run = _Run(program, batches, task, names, of, base, key)
+  entries, facts = run.all(probes, iterations, tolerance)
+  facts['base'] = base or 'float'
+  inner = run.interactions(joint)
+  tables = {n: run.table(n, entries[n], facts, inner.get(n)) for n in names}
   return tables[metric] if isinstance(metric, str) else tables
+
+
+def _interacting(
+  names: Sequence[str], interactions: bool | Sequence[str]
+) -> tuple[str, ...]:
+  """Metrics whose interactions are measured."""
+  able = tuple(n for n in names if n in INTERACTING)
+  if isinstance(interactions, bool):
+    return able if interactions else ()
+  for name in interactions:
+    if name not in able:
+      raise ValueError(
+        f'no interactions of {name!r}: of the metrics asked for, {able} have '
+        'them'
+      )
+  return tuple(interactions)
 
 
 def _root_mean_square(x: np.ndarray) -> float | None:
@@ -139,18 +177,31 @@ def _root_mean_square(x: np.ndarray) -> float | None:
 class _Run:
   """One call of `sensitivity`."""
 
-  def __init__(self, program, batches, task, of, base, key):
+  def __init__(self, program, batches, task, names, of, base, key):
     self.program, self.batches, self.task = program, batches, task
-    self.of, self.base, self.key = of, base, key
+    self.names, self.of, self.base, self.key = names, of, base, key
     self.expansion = taylor.Expansion(program, task, of)
+    self.flat = curvature.program_flat(program)
 
-  def all(self, names, probes, iterations, tolerance):
+  @functools.cached_property
+  def measure(self) -> Measure:
+    """Runs the model; compiled once."""
+    base = self.program.float if self.base is None else self._base()
+    direct = [n for n in self.names if n in objectives.DIRECT]
+    return Measure(self.program, self.batches, self.task, direct, base)
+
+  @property
+  def alone(self) -> list[dict[str, int]]:
+    """Each option of each row, the others as in the base."""
+    return [self.program.alone(i, k, self.measure.base) for i, k in self.flat]
+
+  def all(self, probes, iterations, tolerance):
     """Entries by metric, and facts of all of them."""
     found: dict[str, Entries] = {}
     facts: dict[str, Any] = {'of': self.of}
-    direct = [n for n in names if n in objectives.DIRECT]
-    if direct:
-      found |= self._measured(direct)
+    names = self.names
+    if set(objectives.DIRECT) & set(names):
+      found |= self.measure(self.alone, runtime.track)
     if {'fisher', 'hessian'} & set(names):
       found |= taylor.fisher_and_hessian(
         self.expansion, self.batches, runtime.track
@@ -180,14 +231,20 @@ class _Run:
       facts |= more
     return found, facts
 
-  def _measured(self, names) -> dict[str, Entries]:
-    base = self.program.float if self.base is None else self._base()
-    measure = Measure(self.program, self.batches, self.task, names, base)
-    choices = [
-      self.program.alone(i, k, base)
-      for i, k in curvature.program_flat(self.program)
-    ]
-    return measure(choices, runtime.track)
+  def interactions(self, names) -> dict[str, Joint]:
+    """Means and standard errors by metric."""
+    found: dict[str, Joint] = {}
+    direct = [n for n in names if n in objectives.DIRECT]
+    if direct:
+      rows = [i for i, _ in self.flat]
+      found |= responses.interactions(
+        self.measure, self.alone, rows, direct, self.batches, runtime.track
+      )
+    if 'hessian' in names:
+      found['hessian'] = taylor.interactions(
+        self.expansion, self.batches, runtime.track
+      )
+    return found
 
   def _base(self) -> dict[str, int]:
     rows = self.program.space.rows
@@ -199,8 +256,11 @@ class _Run:
       )
     return self.program.choice([r.options.index(self.base) for r in rows])
 
-  def table(self, name, entries, facts, inner) -> Table:
+  def table(self, name, entries, facts, joint: Joint | None) -> Table:
     found = self.program.space
+    if joint is not None:
+      error = _root_mean_square(joint[1])
+      facts = facts | {'interactions': {'stderr': error}}
     ends = np.cumsum([len(r.options) for r in found.rows])[:-1]
     values, errors = np.array(entries, float).T
     return Table(
@@ -213,7 +273,7 @@ class _Run:
       fixed=found.fixed,
       kept=found.kept,
       model=runtime.fingerprint(self.program.params),
-      interactions=inner,
+      interactions=None if joint is None else joint[0],
       facts=facts,
     )
 

@@ -6,8 +6,8 @@ leaves it as it is and adds directions with weights t:
     x_t = x + sum_k t_k d_k,   d_k constant
 
 so that derivatives at t = 0 are those of the loss along the errors of
-quantization, or along random probes: of the first order dL/dt_k = g' d_k, of
-the second d2L/dt_i dt_j = d_i' H_ij d_j, of weights and activations alike.
+quantization: of the first order dL/dt_k = g' d_k, of the second
+d2L/dt_i dt_j = d_i' H_ij d_j, of weights and activations alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,6 @@ from jax import lax
 
 from quantlab import core
 from quantlab.core import QParams, Quantizer
-from quantlab.core.rng import fold_in_name
 
 # Quantizers that each operand may take, by (site, role); None is float.
 Choices = Mapping[tuple[str, str], Sequence[Quantizer | None]]
@@ -131,10 +129,8 @@ def _given(leaves, quantizer: Quantizer, index: jax.Array) -> QParams | None:
 class Shifts:
   """`handlers.Simulate`: the leaf 'strength' holds t, one weight a direction.
 
-  The directions are the errors of all options; or, with the leaf 'offset', a
-  probe: an array of the operand's shape, or the words of a key, which gives
-  random signs. What flows back to the leaf 'alpha', if there is one, are the
-  squared norms of the directions.
+  The directions are the errors of all options. What flows back to the leaf
+  'alpha', if there is one, are the squared norms of the directions.
 
   Attributes:
     options: gives the errors.
@@ -148,30 +144,14 @@ class Shifts:
     if t is None:
       return x
     fixed = lax.stop_gradient(x)
-    probe = leaves.get('offset')
-    if probe is None:
-      hats = self.options.each(site, role, fixed, leaves, axis)
-      d = jnp.stack([h - fixed for h in hats], -1)
-    elif _is_key(probe):
-      key = fold_in_name(_one_key(probe), f'{site} {role}')
-      d = jax.random.rademacher(key, (*x.shape, 1), x.dtype)
-    else:
-      d = probe.astype(x.dtype)[..., None]
+    hats = self.options.each(site, role, fixed, leaves, axis)
+    d = jnp.stack([h - fixed for h in hats], -1)
     d = lax.stop_gradient(d)
     loops = t.ndim - 1
     each = t.reshape(*t.shape[:-1], *[1] * (x.ndim - loops), t.shape[-1])
     shifted = x + (d * each.astype(x.dtype)).sum(-1)
     slot = leaves.get('alpha')
     return shifted if slot is None else _squares(shifted, slot, d)
-
-
-def _is_key(x: Any) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.uint32)
-
-
-def _one_key(data: jax.Array) -> jax.Array:
-  """A random key of its words, those of one layer where there are several."""
-  return jax.random.wrap_key_data(data.reshape(-1, data.shape[-1])[0])
 
 
 @jax.custom_vjp

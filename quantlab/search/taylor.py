@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from quantlab.quality import metric as metrics
 from quantlab.search import objectives
@@ -87,22 +88,20 @@ class Expansion:
 
     return jax.jit(run)
 
-  def rows(self) -> Callable:
-    """`(params, direction, inputs, targets) -> H direction`, (size,).
+  def gradient(self) -> Callable:
+    """`(params, inputs, targets) -> (direction -> H direction)`.
 
     H is the matrix of second derivatives d_i' H_ij d_j of the batch's mean
-    loss, reverse over forward: one product gives a whole row.
+    loss. The gradient is linearized once, reverse before forward: one product
+    with a direction (size,) gives a whole row.
     """
 
-    def run(params, direction, inputs, targets):
-      zero = jnp.zeros(self.size)
-      reference = self._outputs(params, zero, inputs)
-
+    def run(params, inputs, targets):
       def loss(t):
         outputs = self._outputs(params, t, inputs)
-        return self._mean(reference, outputs, targets)
+        return self._mean(lax.stop_gradient(outputs), outputs, targets)
 
-      return jax.jvp(jax.grad(loss), (zero,), (direction,))[1]
+      return jax.linearize(jax.grad(loss), jnp.zeros(self.size))[1]
 
     return jax.jit(run)
 
@@ -170,13 +169,13 @@ def interactions(
   Within one row it is the row's own second order, which no two options share:
   those blocks are zero.
   """
-  rows, size = expansion.rows(), expansion.size
+  linearized, size = expansion.gradient(), expansion.size
+  product = jax.jit(lambda linear, direction: linear(direction))
   found: list[np.ndarray] = []
   for i, batch in enumerate(track(batches, 'interactions')):
     inputs, targets = split(batch, expansion.task.targets, i)
-    each = [
-      rows(expansion.program.params, e, inputs, targets) for e in jnp.eye(size)
-    ]
+    linear = linearized(expansion.program.params, inputs, targets)
+    each = [product(linear, e) for e in jnp.eye(size)]
     found.append(np.asarray(jnp.stack(each), float))
   h = np.stack(found)
   h = (h + np.swapaxes(h, 1, 2)) / 2

@@ -2,13 +2,31 @@
 
 import functools
 import json
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import quantlab as ql
-from configs.search import digits, hawq_v3, minilm, resnet8, resnet20, stories
-from experiments import refine, search, sensitivity, spaces, variants
+from configs.search import (
+  digits,
+  hawq_v3,
+  minilm,
+  quantune,
+  resnet8,
+  resnet20,
+  stories,
+)
+from experiments import (
+  allocated,
+  refine,
+  search,
+  sensitivity,
+  spaces,
+  tune,
+  variants,
+)
 from quantlab import models
 from quantlab.models import digits as networks
 from quantlab.search import Table
@@ -38,6 +56,8 @@ def small():
   )
   config.metrics = ('similarity', 'kl', 'hessian')
   config.random_plans = 5
+  config.kinds = (('all', 0),)
+  config.interactions = ('hessian',)
   config.budgets = ('int2', 'int8')
   config.allocations = (('kl', 'dp'), ('hessian', 'quadratic'), ('lrp', 'dp'))
   config.encoders = ('rtn',)
@@ -83,6 +103,40 @@ def test_the_same_command_resumes(folders):
   assert search.run(config, folder / 'search') == found['search']
 
 
+def test_encoders_on_the_float_stream():
+  rng = np.random.default_rng(0)
+  scales = np.exp(rng.normal(size=12)).astype(np.float32)
+  x = rng.normal(size=(256, 12)).astype(np.float32) * scales
+  work = types.SimpleNamespace(
+    apply=lambda p, x: jnp.tanh(x @ p['a']) @ p['b'],
+    params={
+      'a': rng.normal(size=(12, 8)).astype(np.float32),
+      'b': rng.normal(size=(8, 4)).astype(np.float32),
+    },
+    calibration=[(x,)],
+    example=(x,),
+  )
+  recipe = {'': ql.int3()}
+  plan = ql.plan(work.apply, work.params, recipe, x)
+
+  def quantize(member):
+    return ql.ptq(work.apply, work.params, recipe, [(x,)], member).params
+
+  member = allocated.on_floats(ql.gptq(), work, plan)
+  got, walked = quantize(member), quantize(ql.gptq())
+  nearest = quantize(ql.rtn())
+  codes = [m['weights'] for m in (got, walked, nearest)]
+  # Nothing lies before the first weight; the second sees other inputs.
+  same = [np.array_equal(codes[0]['a'].codes, c['a'].codes) for c in codes[1:]]
+  assert same == [True, False]
+  hidden = np.tanh(x @ work.params['a'])
+  off = [
+    np.square(hidden @ (c['b'].dequantize() - work.params['b'])).sum()
+    for c in codes
+  ]
+  assert off[0] < off[2]
+
+
 def test_refinement_measures_the_front(folders):
   folder, _, found, _ = folders
   rows = found['refined']
@@ -97,11 +151,14 @@ def test_refinement_measures_the_front(folders):
 def test_the_truth_and_what_is_near_it(tmp_path):
   config = small()
   config.metrics = ('kl', 'weight_error')
-  config.interactions = False
+  config.interactions = ('kl',)
   metrics = sensitivity.run(config, tmp_path / 'run')
   assert -1 <= metrics['spearman/kl/all'] <= 1
   truth = json.loads((tmp_path / 'run' / 'truth.json').read_text())
-  assert len(truth['joint']) == 5
+  assert len(truth['joint']['all']['kl']) == 5
+  # Of two rows joint, a table with interactions predicts better.
+  fits = [metrics[f'random_plans/all/kl/{n}/R2'] for n in ('none', 'own')]
+  assert fits[0] < fits[1] < 1
   assert len(truth['alone']) == 6
   # Eight bits change the loss of one site less than two bits.
   loss = np.array([v for v, _ in truth['alone']]).reshape(3, 2)
@@ -135,3 +192,35 @@ def test_spaces_of_the_configs_resolve(module):
     labels = {o for r in found.rows for o in r.options}
     assert option in labels
   assert spaces.metrics(config, work)
+
+
+def test_settings_are_tuned_within_their_space(tmp_path):
+  config = quantune.get_config()
+  table = tune.space(config)
+  assert np.prod([len(r.options) for r in table.rows]) == 96
+  config.model, config.batches, config.first = 'digits_cnn', 1, 2
+  with config.unlocked():
+    config.settings = {
+      'images': {'50': {'calibration': 50}},
+      'bits': {
+        str(b): {
+          'weight': {'format': f'int{b}'},
+          'input': {'format': 'int8', 'per': 'tensor'},
+        }
+        for b in (2, 8)
+      },
+      'ends': {'quantized': {}, 'float': {'float': ('head',)}},
+    }
+  best = tune.run(config, tmp_path / 'run', tmp_path / 'journal', 3)
+  trials = json.loads((tmp_path / 'run' / 'trials.json').read_text())
+  assert len(trials) == 3
+  assert best['accuracy_loss'] == min(t['accuracy_loss'] for t in trials)
+  table = tune.space(config)
+  labels = {'images': '50', 'bits': '8', 'ends': 'float'}
+  choice = [r.options.index(labels[r.name]) for r in table.rows]
+  chosen = tune.setting(config, table, choice)
+  assert chosen['weight'] == {'format': 'int8'}
+  assert chosen['float'] == ('head',)
+  config.settings.images['50'] = {'calibrate': 50}
+  with pytest.raises(variants.ConfigError, match="unknown setting 'calibrate'"):
+    tune.setting(config, table, choice)

@@ -104,6 +104,50 @@ def test_second_order_is_that_of_the_exact_hessian(tables, exact):
     np.testing.assert_allclose(q[i, j], want, rtol=2e-4, atol=1e-6)
 
 
+def test_direct_interactions_are_those_of_the_responses(tables):
+  a, b = (np.asarray(PARAMS[k], float) for k in ('a', 'b'))
+  errors_of = errors()
+  total = np.zeros((6, 6))
+  for x in map(np.asarray, XS):
+    z = np.tanh(x @ a) @ b
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    u = [np.tanh(x @ (a + e)) @ b - z for e in errors_of[:3]]
+    u += [np.tanh(x @ a) @ e for e in errors_of[3:]]
+    for i, j in itertools.product(range(6), repeat=2):
+      inner = (p * u[i] * u[j]).sum(-1)
+      outer = (p * u[i]).sum(-1) * (p * u[j]).sum(-1)
+      total[i, j] += (inner - outer).mean() / len(XS)
+  total *= np.kron(1 - np.eye(2), np.ones((3, 3)))
+  for name in ('kl', 'loss'):
+    q = tables[name].interactions
+    np.testing.assert_allclose(q, total, rtol=2e-4, atol=1e-6)
+    assert 0 < tables[name].facts['interactions']['stderr'] < np.abs(q).max()
+  assert tables['fisher'].interactions is None
+
+
+def test_interactions_explain_what_sums_leave_out(tables):
+  """Of every pair of options, the joint divergence of the real model."""
+  table, joint, sums, whole = tables['kl'], [], [], []
+  for choice in itertools.product(range(1, 3), repeat=2):
+    deltas = errors()
+    moved = {
+      'a': PARAMS['a'] + deltas[choice[0]],
+      'b': PARAMS['b'] + deltas[3 + choice[1]],
+    }
+    found = [
+      jax.nn.log_softmax(mlp(PARAMS, x)) - jax.nn.log_softmax(mlp(moved, x))
+      for x in XS
+    ]
+    p = [jax.nn.softmax(mlp(PARAMS, x)) for x in XS]
+    joint.append(
+      np.mean([(q * d).sum(-1) for q, d in zip(p, found, strict=True)])
+    )
+    sums.append(search.additive(table).predict(choice))
+    whole.append(table.predict(choice))
+  off = [np.abs(np.subtract(x, joint)).mean() for x in (whole, sums)]
+  assert off[0] < 0.5 * off[1]
+
+
 def test_traces_and_eigenvalues_are_those_of_the_exact_hessian(tables, exact):
   h, _ = exact
   d = errors()
@@ -142,6 +186,46 @@ def test_direct_metrics_are_those_of_the_deployed_model(tables):
         - found['reference']['cross_entropy'].value
       )
       assert tables['loss'].values[row][k] == pytest.approx(change, abs=1e-5)
+
+
+def test_encoded_weights_take_the_place_of_rounded_ones(tables):
+  def rounded(plan):
+    return ql.ptq(mlp, PARAMS, plan, XS).params
+
+  choices = {'/a': [ql.int2(), None, ql.int4()], '/b': [ql.int3(), ql.int4()]}
+
+  def measured(encode):
+    return ql.sensitivity(
+      mlp,
+      PARAMS,
+      choices,
+      BATCHES,
+      'kl',
+      task=quality.classification,
+      encode=encode,
+      interactions=True,
+    )
+
+  table = measured(rounded)
+  want = tables['kl']
+  a, b = table.values
+  np.testing.assert_allclose(
+    [a[0], a[2], *b], [*want.values[0][::2], *want.values[1][1:]], rtol=1e-3
+  )
+  assert a[1] == 0
+  np.testing.assert_allclose(
+    table.interactions[0, 3], want.interactions[0, 4], rtol=1e-3
+  )
+  with pytest.raises(ValueError, match='expand the errors of rounding'):
+    ql.sensitivity(
+      mlp,
+      PARAMS,
+      choices,
+      BATCHES,
+      'hessian',
+      task=quality.classification,
+      encode=rounded,
+    )
 
 
 def test_activations_have_a_second_order_too():

@@ -1,0 +1,72 @@
+"""What the searches of all models have in common; not a config by itself."""
+
+import ml_collections
+
+WIDTHS = (2, 3, 4, 6, 8)
+
+
+def options(**fields):
+  """Weights of 2 to 8 bits, with the other fields of a quantizer."""
+  return tuple({'weight': {'format': f'int{b}', **fields}} for b in WIDTHS)
+
+
+def base(model: str) -> ml_collections.ConfigDict:
+  """The search of one model, as the others have it."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.calibration = 0  # 0: the workload's own choice
+  config.evaluation = 0  # 0: all
+  config.model = model
+  config.batch_size = 0  # of the evaluation set; 0: the workload's own
+  config.batches = 2  # labelled, to measure the tables on
+  config.curved = 0  # examples of the first one, for derivatives; 0: all
+  config.judged = 0  # batches up to which choices are judged; 0: all
+  config.choices = (('/kernel$', options()),)
+  config.metrics = (
+    'loss',
+    'similarity',
+    'kl',
+    'output_mse',
+    'weight_error',
+    'fisher',
+    'hessian',
+    'trace',
+    'eigenvalue',
+    'lrp',
+  )
+  # Metrics whose tables say what every two options do jointly.
+  config.interactions = ('loss', 'kl', 'similarity', 'hessian')
+  config.probes = 16  # of the trace, for each batch
+  config.iterations = 10  # of the eigenvalue
+  # Random plans, whose loss the tables are to predict: how many of each kind,
+  # and the first option that a kind draws from.
+  config.random_plans = 100
+  config.kinds = (('2 to 8 bits', 0), ('4 to 8 bits', 2))
+  config.budgets = ('int3', 'int4')
+  config.allocations = (
+    ('kl', 'dp'),
+    ('kl', 'quadratic'),
+    ('kl.gptq', 'dp'),  # measured on what GPTQ makes of each weight
+    ('kl.gptq', 'quadratic'),
+    ('loss', 'dp'),
+    ('loss', 'quadratic'),
+    ('similarity', 'dp'),
+    ('similarity', 'quadratic'),
+    ('similarity.gptq', 'dp'),
+    ('similarity.gptq', 'quadratic'),
+    ('output_mse', 'dp'),
+    ('fisher', 'dp'),
+    ('hessian', 'dp'),
+    ('hessian', 'quadratic'),
+    ('trace', 'dp'),
+    ('eigenvalue', 'dp'),
+    ('lrp', 'dp'),
+    ('weight_error', 'dp'),
+    ('output_mse', 'greedy'),
+    ('output_mse', 'random'),
+  )
+  config.draws = 3  # of 'random'
+  config.encoders = ('rtn', 'gptq')
+  config.seeds = 5  # of calibration sets, where an encoder reads them
+  config.show = ('accuracy', 'cross_entropy', 'kl_mean')
+  return config
