@@ -79,13 +79,13 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
   found = check(config)
   mesh = runtime.make_mesh(data=-1) if config.mesh else None
   seed = config.seeds[0]
+  try:
+    task = tasks.make(config.task, config.model.to_dict())
+  except FileNotFoundError as error:
+    rich.print(f'[yellow]{config.task}[/]: {markup.escape(str(error))}')
+    return {}
+  made = [_planned(config, task, v) for v in found]
   with runtime.Workdir(workdir, config.to_dict(), seed=seed) as folder:
-    try:
-      task = tasks.make(config.task, config.model.to_dict())
-    except FileNotFoundError as error:
-      rich.print(f'[yellow]{config.task}[/]: {markup.escape(str(error))}')
-      return {}
-    made = [_planned(config, task, v) for v in found]
     floats: list[Any] = []
     todo = [m for m in made if _head(config, m.variant) not in folder.metrics]
     if todo and made[0] not in todo:  # others may begin with the float net
@@ -122,7 +122,10 @@ def _planned(
     sizes = config.model.to_dict() | dict(variant.model)
     task = tasks.make(config.task, sizes)
   [batch] = task.draws(variant.batch_size, steps=1, seed=config.seeds[0])
-  return training.trainee(task, variant, batch[: task.inputs])
+  try:
+    return training.trainee(task, variant, batch[: task.inputs])
+  except (TypeError, ValueError) as error:
+    raise variants.ConfigError(f'variant {variant.name!r}: {error}') from error
 
 
 def _train(

@@ -79,6 +79,10 @@ def resolve(
       raise variants.ConfigError(f'the variant name {name!r} is taken.')
     for field in spec:
       variants.check_name('field', field, FIELDS)
+    if 'steps' not in spec:
+      raise variants.ConfigError(
+        f'variant {name!r} has no steps; 0 judges what training begins with.'
+      )
     variant = Variant(**{**defaults, **spec})
     try:
       _check(variant)
@@ -90,6 +94,12 @@ def resolve(
 
 def _check(variant: Variant) -> None:
   variants.check_name('start', variant.start, ('float', 'scratch'))
+  for name in ('warm_up', 'batch_norm'):
+    share = getattr(variant, name)
+    if not 0 <= share <= 1:
+      raise variants.ConfigError(
+        f'{name}={share} is a share of the steps: expected 0 to 1.'
+      )
   optimizers.make(variant.optimizer, max(variant.steps, 1), 'state')
   if variant.rules:
     recipe(variant)

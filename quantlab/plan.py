@@ -206,7 +206,15 @@ class Plan:
     that sites learn, 'adapter' for the matrices of `ql.lora` (`TRAINABLE`),
     'state' for everything else, codes and their scales included; of the
     structure of the variables, for `optax.multi_transform`.
+
+    Raises:
+      TypeError: no variables.
     """
+    if not {'weights', 'sites'} <= set(variables):
+      raise TypeError(
+        'labels takes the variables that init gave, with weights and sites, '
+        f'found {list(variables)[:5]}'
+      )
 
     def weight(leaf):
       if isinstance(leaf, QTensor):

@@ -33,6 +33,21 @@ def is_variables(tree: Any) -> bool:
   return {'weights', 'sites'} <= keys <= VARIABLES
 
 
+def check_variables(tree: Any, taker: str) -> None:
+  """Refuses what is no variables tree.
+
+  Raises:
+    TypeError: says what was found.
+  """
+  if is_variables(tree):
+    return
+  found = list(tree)[:5] if isinstance(tree, Mapping) else type(tree).__name__
+  raise TypeError(
+    f"{taker} takes the variables that init gave, {{'weights': ..., 'sites': "
+    f'...}}, found {found}'
+  )
+
+
 def _split(tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
   """(weights, state by site with the effective weight under 'effective')."""
   if not is_variables(tree):

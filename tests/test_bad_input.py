@@ -305,6 +305,18 @@ def test_calibration_is_not_finite(bad):
     ql.ptq(apply, PARAMS, {'': STATIC}, batches)
 
 
+@pytest.mark.parametrize('count', [1, 128 * 64])
+def test_nan_among_many_values_is_not_passed_over(count):
+  """XLA's minimum and maximum over a large array drop it on CPUs."""
+  fine = normal(0, 128, 64)
+  bad = fine.reshape(-1).at[:count].set(jnp.nan).reshape(fine.shape)
+  params = {'w': normal(1, 64, 8)}
+  dynamic = ql.rule(weight=W8, input=ql.int8(per='token'))
+  for rule, how in ((STATIC, ql.rtn()), (dynamic, ql.chain(ql.smooth()))):
+    with pytest.raises(ValueError, match='not finite'):
+      ql.ptq(lambda p, x: x @ p['w'], params, {'': rule}, [fine, bad], how)
+
+
 def test_errors_leave_nothing_computed():
   """A plan is refused from shapes: the function is never run on numbers."""
   ran = []

@@ -30,9 +30,10 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
   if scale is None and symmetric:
     scale = _scale(_largest(x, axes), qmax)
   elif scale is None:
+    bad = jnp.isnan(x).any(axes, keepdims=True)
     low = jnp.min(x, axes, keepdims=True, initial=0.0)
     high = jnp.max(x, axes, keepdims=True, initial=0.0)
-    scale = _scale(high - low, qmax - qmin)
+    scale = _scale(jnp.where(bad, jnp.nan, high - low), qmax - qmin)
     z = jnp.clip(jnp.round(-low * (1 / scale)) + qmin, qmin, qmax)
     zero_point = jnp.nan_to_num(z).astype(jnp.int32)
   else:
@@ -45,7 +46,9 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
 
 
 def _largest(x, axes):
-  return jnp.max(jnp.abs(x), axes, keepdims=True, initial=0.0)
+  """The largest magnitude, NaN where there is one: XLA's maximum drops it."""
+  found = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0.0)
+  return jnp.where(jnp.isnan(x).any(axes, keepdims=True), jnp.nan, found)
 
 
 def _scale(span, levels):

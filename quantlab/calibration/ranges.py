@@ -25,6 +25,17 @@ from quantlab.plan import Plan
 BINS = 2048
 
 
+def extremes(x: jax.Array, axis: int | None = None) -> tuple[Any, Any]:
+  """Smallest and largest value; infinite where one is NaN.
+
+  XLA's minimum and maximum over an array pass over NaN on some platforms, and
+  a range would look sound.
+  """
+  nan = jnp.isnan(x)
+  lo = jnp.min(jnp.where(nan, -jnp.inf, x), axis)
+  return lo, jnp.max(jnp.where(nan, jnp.inf, x), axis)
+
+
 @dataclasses.dataclass(frozen=True)
 class Extremes:
   """Smallest and largest value of the chosen operands of each site."""
@@ -41,7 +52,8 @@ class Extremes:
     new = {}
     for role in stat:
       x = operand(site, role, lhs, rhs, out).astype(jnp.float32)
-      new[role] = {'lo': jnp.min(x), 'hi': jnp.max(x)}
+      lo, hi = extremes(x)
+      new[role] = {'lo': lo, 'hi': hi}
     return self.merge(site, stat, new)
 
   def merge(self, site, a, b):

@@ -19,4 +19,5 @@ from quantlab.core.quantizer import Quantizer as Quantizer
 from quantlab.core.tree import is_qtensor as is_qtensor
 from quantlab.core.tree import named_leaves as named_leaves
 from quantlab.core.tree import nbytes as nbytes
+from quantlab.core.tree import nonfinite as nonfinite
 from quantlab.core.tree import path_str as path_str

@@ -246,6 +246,9 @@ class QTensor:
     return dataclasses.replace(self, **new)
 
   def __repr__(self) -> str:
+    if not hasattr(self.scale, 'shape'):  # a tree of labels, shapes, ...
+      held = ', '.join(f'{k}={v!r}' for k, v in self._children().items())
+      return f'QTensor({held})'
     return (
       f'QTensor(shape={self.shape}, dtype={self.dtype.name}, '
       f'quantizer={self.quantizer!r}, tag={self.tag!r})'

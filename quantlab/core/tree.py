@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import tree_util
 
 from quantlab.core.qtensor import QTensor
@@ -49,3 +50,20 @@ def nbytes(tree: Any) -> int:
     for x in jax.tree.leaves(tree)
     if hasattr(x, 'shape') and hasattr(x, 'dtype')
   )
+
+
+@jax.jit  # once for all calls with arrays of the same shapes
+def _finite(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {k: jnp.isfinite(x).all() for k, x in arrays.items()}
+
+
+def nonfinite(named: Mapping[str, Any]) -> list[str]:
+  """The names of those floating-point arrays that hold NaN or infinity."""
+  floats = {
+    k: x
+    for k, x in named.items()
+    if not is_qtensor(x)
+    and hasattr(x, 'dtype')
+    and jnp.issubdtype(x.dtype, jnp.floating)
+  }
+  return [k for k, fine in jax.device_get(_finite(floats)).items() if not fine]

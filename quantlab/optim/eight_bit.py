@@ -80,6 +80,7 @@ def eight_bit(
     `optimizer` with `QTensor`s in it.
 
   Raises:
+    TypeError: no transformation.
     ValueError: sizes that are not positive integers, a kind that is not
       known; from `init`: a large array in a field that is not in `fields`.
   """
@@ -88,6 +89,11 @@ def eight_bit(
       raise ValueError(f'{name} takes a positive integer, found {size!r}')
   if wrong := {k: v for k, v in fields.items() if v not in _KINDS}:
     raise ValueError(f'fields= takes {list(_KINDS)}, found {wrong}')
+  if not hasattr(optimizer, 'init'):
+    raise TypeError(
+      f'eight_bit takes an optax transformation such as optax.adam(1e-3), '
+      f'found {optimizer!r}'
+    )
   optimizer = optax.with_extra_args_support(optimizer)
 
   def store(kind: str | None, where: str, x: Any) -> Any:

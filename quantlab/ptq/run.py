@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from quantlab import rewrites
+from quantlab import core, rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
 from quantlab.graph import tracing
@@ -165,11 +165,6 @@ def _check_key(key: Any) -> None:
     )
 
 
-@jax.jit  # once for all calls with weights of the same shapes
-def _finite(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  return {k: jnp.isfinite(x).all() for k, x in weights.items()}
-
-
 def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
   """A weight with NaN or infinity is refused by name."""
   abstract = [
@@ -183,13 +178,8 @@ def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
       'takes shapes, quantizing needs arrays'
     )
   used = {p for s in made.quantized.values() for p in s.paths}
-  chosen = {
-    p: leaf
-    for p, leaf in zip(paths, leaves, strict=True)
-    if p in used and jnp.issubdtype(leaf.dtype, jnp.floating)
-  }
-  bad = [k for k, fine in jax.device_get(_finite(chosen)).items() if not fine]
-  if bad:
+  chosen = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p in used}
+  if bad := core.nonfinite(chosen):
     raise ValueError(
       f'parameters hold NaN or infinity: {", ".join(bad)}; quantization needs '
       'finite weights'

@@ -57,9 +57,10 @@ class ChannelRange:
 
   def update(self, site, stat, lhs, rhs, out, state):
     x = channel_rows(site, lhs if site.side == 'rhs' else rhs)
+    lo, hi = ranges.extremes(x, -2)
     new = {
-      'lo': jnp.min(x, -2),
-      'hi': jnp.max(x, -2),
+      'lo': lo,
+      'hi': hi,
       'sum': jnp.sum(jnp.abs(x), -2),
       'count': jnp.full_like(stat['count'], x.shape[-2]),
     }

@@ -179,6 +179,15 @@ def _scaled(v: Array, factor: Array) -> Array:
 _scaled.defjvp(lambda primals, t: (primals[0], t[0] * primals[1]))
 
 
+def _check_inner(outer: Any) -> None:
+  """Refuses a class in the place of what it makes."""
+  if not isinstance(outer.inner, Estimator):
+    raise TypeError(
+      f'{type(outer).__name__} takes an estimator such as lsq(), found '
+      f'{outer.inner!r}'
+    )
+
+
 def _constants(found: QParams) -> QParams:
   return jax.tree.map(lax.stop_gradient, found)
 
@@ -257,6 +266,11 @@ class pact(Estimator):
 
   def check(self, role, quantizer, where):
     super().check(role, quantizer, where)
+    if role == 'weight':
+      raise ValueError(
+        f'pact() is for activations, not the weight of {where}; give it lsq() '
+        "or dorefa(): {'weight': dorefa(), 'input': pact()}"
+      )
     if not quantizer.symmetric:
       raise ValueError(
         f'pact() clips at one learned alpha, but {quantizer!r} of the {role} '
@@ -362,6 +376,11 @@ class ewgs(Estimator):
   delta: float = 0.2
   inner: Estimator = dataclasses.field(default_factory=lsq)
 
+  def __post_init__(self):
+    if not self.delta >= 0:
+      raise ValueError(f'ewgs takes delta >= 0, found {self.delta!r}')
+    _check_inner(self)
+
   @property
   def learned(self) -> bool:  # type: ignore[override]
     return self.inner.learned
@@ -407,6 +426,9 @@ class warm_up(Estimator):
   """
 
   inner: Estimator = dataclasses.field(default_factory=ste)
+
+  def __post_init__(self):
+    _check_inner(self)
 
   @property
   def learned(self) -> bool:  # type: ignore[override]

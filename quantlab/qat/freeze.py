@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from quantlab import rewrites
+from quantlab import core, rewrites
 from quantlab.core.tree import named_leaves
 from quantlab.ptq.model import Quantized, stored
 from quantlab.qat.estimators import need_leaves
@@ -24,9 +25,12 @@ def freeze(
   """The model whose codes and scales the variables simulate; see `qat`.
 
   Raises:
-    ValueError: quantization has not fully set in, or weights are not finite.
+    TypeError: no variables of `init`.
+    ValueError: quantization has not fully set in, a variable is not finite, or
+      the variables are of another model than the plan.
   """
   plan = tracer.plan
+  rewrites.check_variables(variables, 'freeze')
   params, state = variables['weights'], variables['sites']
   plan.check_state(state)
   _refuse_unfinished(state)
@@ -41,13 +45,24 @@ def freeze(
     return storage.quantize(w, qparams=estimator.qparams(x, q, leaves, -2))
 
   values = dict(named_leaves(params))
-  _refuse_nonfinite({p: values[p] for p in plan.leaves})
+  if bad := core.nonfinite(dict(named_leaves(variables))):
+    raise ValueError(
+      f'the variables hold NaN or infinity: {", ".join(bad[:5])}; training '
+      'diverged. Freeze an earlier save'
+    )
+  for path, storage in plan.leaves.items():
+    _check_shape(values.get(path), storage, path)
   coded = {
     path: quantize(values[path], storage, *plan.weight_roles[path])
     for path, storage in plan.leaves.items()
   }
   found = tracer.effective(params, args, kwargs)
-  _refuse_nonfinite({k: v['weight'] for k, v in found.items()})
+  computed = {k: v['weight'] for k, v in found.items()}
+  if bad := core.nonfinite(computed):
+    raise ValueError(
+      f'effective weights hold NaN or infinity: {", ".join(bad[:5])}; a '
+      'BatchNorm or norm that was folded gives them'
+    )
   effective = {
     name: quantize(found[name]['weight'], storage, name)
     for name, storage in plan.effective.items()
@@ -105,9 +120,15 @@ def _refuse_unfinished(state: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_nonfinite(weights: Mapping[str, Any]) -> None:
-  bad = [k for k, w in weights.items() if not np.isfinite(w).all()]
-  if bad:
+def _check_shape(w: Any, storage: Any, path: str) -> None:
+  """Refuses a weight that the plan cannot lay out."""
+  try:
+    if w is None:
+      raise ValueError('there is none')
+    jax.eval_shape(storage.layout.to_canonical, w)
+  except ValueError as error:
     raise ValueError(
-      f'weights hold NaN or infinity: {", ".join(bad[:5])}; training diverged'
-    )
+      f'the variables are of another model than the plan: the weight {path!r} '
+      f'is {None if w is None else w.shape} ({error}). Freeze what init of '
+      'this plan made'
+    ) from error

@@ -87,6 +87,13 @@ def lora(
     ValueError: a pattern that meets no quantized product, or one that is no
       dense product (a convolution, a lookup); a rank that does not fit.
   """
+  if not isinstance(plan, Plan):
+    raise TypeError(
+      f'the plan is that of the quantized model, model.plan, found '
+      f'{type(plan).__name__}'
+    )
+  if bits is not None and bits not in range(1, 9):
+    raise ValueError(f'bits takes 1 to 8, or None for float32, found {bits!r}')
   if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
     raise ValueError(f'rank takes a positive integer, found {rank!r}')
   if not alpha > 0:
@@ -159,12 +166,21 @@ def with_adapters(
   """The variables with these matrices in the place of their own.
 
   Raises:
-    ValueError: a site that has no adapter.
+    ValueError: a site that has no adapter, or one of another shape.
   """
-  if strange := sorted(set(new) - set(adapters(variables))):
+  known = adapters(variables)
+  if strange := sorted(set(new) - set(known)):
     raise ValueError(
       f'the sites {strange} have no adapter; make variables with init first'
     )
+  for name, leaves in new.items():
+    there, here = (
+      {k: jnp.shape(x[k]) for k in leaves} for x in (known[name], leaves)
+    )
+    if there != here:
+      raise ValueError(
+        f'the adapter of {name!r} has the shapes {there}, the new one {here}'
+      )
   return _with(variables, new)
 
 
@@ -179,7 +195,12 @@ def _with(variables, new):
 def _chosen(plan: Plan, pattern: str, rank: int) -> dict[str, SitePlan]:
   """The sites that get adapters, checked."""
   named = pattern.startswith('site:')
-  expression = re.compile(pattern.removeprefix('site:'))
+  try:
+    expression = re.compile(pattern.removeprefix('site:'))
+  except re.error as error:
+    raise ValueError(
+      f'{pattern!r} is no regular expression: {error}'
+    ) from error
   coded = {k: s for k, s in plan.quantized.items() if s.rule and s.rule.weight}
   found = {
     k: s

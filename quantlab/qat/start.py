@@ -14,7 +14,7 @@ from quantlab.core import QParams, QTensor
 from quantlab.core.tree import named_leaves, path_str
 from quantlab.graph import known, tracing
 from quantlab.graph.values import Dropped
-from quantlab.plan import Plan
+from quantlab.plan import LEARNED, Plan
 
 # What a transform left to be done at run time goes on being done.
 KEPT = ('transform', 'bias', 'adapter')
@@ -92,8 +92,17 @@ def start(
   plan = tracer.plan
   if rewrites.is_variables(params):
     given, params = params, thawed(params)
+    _refuse_trained(given)
   elif given is not None:
+    _refuse_trained(given)
     _refuse_transformed(given)
+  used = {p for s in plan.quantized.values() for p in s.paths}
+  values = {k: v for k, v in named_leaves(params) if k in used}
+  if bad := core.nonfinite(values):
+    raise ValueError(
+      f'parameters hold NaN or infinity: {", ".join(bad[:5])}; training '
+      'begins with finite weights'
+    )
   args = () if batches is None else batches_lib.first(batches)
   if args:
     tracer.check(params, args, {})
@@ -143,6 +152,18 @@ def thawed(variables: Mapping[str, Any]) -> Any:
   return jax.tree_util.tree_map_with_path(
     one, variables['weights'], is_leaf=is_leaf
   )
+
+
+def _refuse_trained(given: Mapping[str, Any]) -> None:
+  """Leaves of an estimator are not ranges of a quantized model."""
+  for name, roles in given.get('sites', {}).items():
+    for role, leaves in roles.items():
+      if role not in KEPT and set(leaves) & {*LEARNED, 'strength'}:
+        raise ValueError(
+          f'the {role} of {name!r} has leaves of training, {sorted(leaves)}: '
+          'go on with these variables as they are, or begin with what they '
+          'freeze to, init(trained.freeze(variables).params, batches)'
+        )
 
 
 def _refuse_transformed(given: Mapping[str, Any]) -> None:

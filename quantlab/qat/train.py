@@ -48,13 +48,19 @@ def qat(
   """Quantization-aware training.
 
   `init(params, batches, start=)` gives the variables to begin with: ranges
-  calibrated on `batches` (needed where activations have static quantizers),
+  calibrated on `batches` of inputs, each a tuple of arguments or one array
+  (needed where activations have static quantizers),
   learned leaves from them. `params` are float, or the variables of a model
   that `ql.ptq` made: then codes, scales and ranges are where training begins.
   `start=` takes such variables beside float parameters of one's own.
 
   `apply(variables, *args)` computes what the frozen model will, on floats.
-  Gradients reach the weights and the learned leaves, nothing else.
+  Gradients reach the weights and the learned leaves, nothing else; an
+  optimizer should leave the rest alone too:
+
+    optax.multi_transform(
+      {'weight': optax.adamw(1e-3), 'step': optax.adam(1e-4),
+       'state': optax.set_to_zero()}, plan.labels(variables))
 
   `freeze(variables, *args)` returns the model with the codes and scales that
   `apply` simulates. An example of the arguments, or their shapes, is needed

@@ -87,7 +87,7 @@ def _whole(x: Any) -> np.ndarray:
 
 
 def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
-  """Where two JSON values differ: lines 'a.b: 1 there, 2 here'."""
+  """Where two JSON values differ: lines 'a.b[0]: 1 there, 2 here'."""
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     lines = []
     for key in sorted({*old, *new}, key=str):
@@ -101,6 +101,11 @@ def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
     return lines
   if old == new:
     return []
+  if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    lines = []
+    for i, (a, b) in enumerate(zip(old, new, strict=True)):
+      lines += differences(a, b, f'{prefix}[{i}]')
+    return lines
   return [f'{prefix}: {_short(old)} there, {_short(new)} here']
 
 

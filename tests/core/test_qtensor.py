@@ -267,6 +267,8 @@ def test_shapes_alone():
   assert shape.bits_per_weight == real.bits_per_weight
   assert shape.transpose((1, 0)).shape == (6, 16)
   assert 'int3(group=8)' in repr(shape)
+  named = jax.tree.map(lambda x: f'of {x.ndim} axes', shape)
+  assert "scale='of 2 axes'" in repr(named)
 
 
 def test_flatten_and_unflatten_with_any_leaf():

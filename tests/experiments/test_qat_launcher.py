@@ -307,6 +307,18 @@ def changed(**fields):
       'no estimator',
     ),
     (
+      changed(variants=({'name': 'a', 'rules': (('.', None),)},)),
+      'has no steps',
+    ),
+    (
+      changed(variants=(tiny_launch.WIDE | {'warm_up': 3},)),
+      'expected 0 to 1',
+    ),
+    (
+      changed(variants=(tiny_launch.ADAPTED | {'lora': {'pattern': 'no'}},)),
+      "variant 'ternary_lora': 'no' meets none",
+    ),
+    (
       changed(variants=(tiny_launch.ADAPTED | {'lora': {'rank': 4}},)),
       "needs a 'pattern'",
     ),
@@ -319,7 +331,7 @@ def changed(**fields):
 def test_mistakes_in_a_config_are_told_before_any_work(config, words, tmp_path):
   with pytest.raises(variants.ConfigError, match=words):
     qat.run(config, str(tmp_path / 'run'))
-  assert not (tmp_path / 'run/metrics.json').exists()
+  assert not (tmp_path / 'run').exists()  # the folder is still free
 
 
 def test_another_config_in_the_folder_is_refused(finished):

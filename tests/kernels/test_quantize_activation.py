@@ -14,6 +14,7 @@ from oracle import matmul as oracle
 import quantlab_kernels as qk
 from quantlab import core
 from quantlab.core import presets
+from quantlab_kernels.quantize_activation import reference
 
 AXES = {'token': (-1,), 'tensor': (-2, -1)}
 CASES = [
@@ -136,6 +137,25 @@ def test_what_is_not_finite_marks_its_row_only(bad, symmetric, static):
     y = np.asarray(qk.int8_matmul(q, w, x_scale=s, x_zero=z))
     assert not np.isfinite(y[1]).any()
     assert np.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('per', ['token', 'tensor'])
+def test_nan_among_many_values_is_not_passed_over(symmetric, per):
+  """XLA's maximum over a large array drops it on CPUs."""
+  x = np.random.default_rng(5).normal(size=(128, 64)).astype(np.float32)
+  x[0, 7] = np.nan
+  axes = (1,) if per == 'token' else (0, 1)
+  defined = jax.jit(functools.partial(
+    reference.run, scale=None, zero_point=None, bits=8, axes=axes,
+    symmetric=symmetric, narrow=False,
+  ))  # fmt: skip
+  for _, s, _ in (
+    defined(x),
+    qk.quantize_activation(x, symmetric=symmetric, per=per),
+  ):
+    assert not np.isfinite(s.reshape(-1)[0])
+    assert np.isfinite(s.reshape(-1)[1:]).all()
 
 
 def test_half_precision_is_quantized_in_float32():

@@ -119,6 +119,8 @@ def test_refusals():
     eight_bit(keeping(Strange)).init(jnp.ones((64, 64)))
   known = eight_bit(keeping(Strange), fields={'momentum': 'signed'})
   assert is_qtensor(known.init(jnp.ones((64, 64))).momentum)
+  with pytest.raises(TypeError, match='takes an optax transformation'):
+    eight_bit(optax.adam)
   with pytest.raises(ValueError, match='block takes a positive integer'):
     eight_bit(optax.adam(1e-3), block=0)
   with pytest.raises(ValueError, match='min_size takes a positive integer'):

@@ -286,6 +286,19 @@ def test_refusals():
   with pytest.raises(ValueError, match=r"rank=17 .*'head', a matrix 32 x 16"):
     ql.lora(apply, plan, '.', rank=17)
   ql.lora(apply, plan, '^/layers', rank=17)
+  with pytest.raises(ValueError, match='no regular expression'):
+    ql.lora(apply, plan, '(')
+  with pytest.raises(ValueError, match='bits takes 1 to 8'):
+    ql.lora(apply, plan, '.', bits=9)
+  model = ql.ptq(apply, params, plan, [x])
+  with pytest.raises(TypeError, match=r'model\.plan, found Quantized'):
+    ql.lora(apply, model, '.')
+  narrow, wide = (
+    ql.lora(apply, plan, '.', rank=r).init(jax.random.key(0), model.params)
+    for r in (2, 4)
+  )
+  with pytest.raises(ValueError, match='has the shapes'):
+    ql.with_adapters(wide, ql.adapters(narrow))
   with pytest.raises(ValueError, match='alpha is positive'):
     ql.lora(apply, plan, '.', alpha=0)
   with pytest.raises(TypeError, match='params of a quantized model'):

@@ -397,8 +397,40 @@ def test_missing_calibration_and_leaves_are_named():
     train.apply(without, x)
   bad = jax.tree.map(jnp.asarray, variables)
   bad['weights']['a'] = bad['weights']['a'].at[0, 0].set(jnp.nan)
+  with pytest.raises(ValueError, match='NaN or infinity: weights/a'):
+    train.freeze(bad)
   with pytest.raises(ValueError, match='NaN or infinity: a'):
+    train.init(bad['weights'], [x])
+  bad = ql.set_leaves(variables, 'step', jnp.nan)
+  with pytest.raises(ValueError, match='NaN or infinity: sites/'):
     train.freeze(bad)
   folds, _, p, image = made('conv', 'lsq')
   with pytest.raises(ValueError, match='an example of the'):
     folds.freeze(folds.init(p, [image]))
+
+
+def test_what_is_no_variables_or_another_models_is_told():
+  train, plan, params, x = made('mlp', 'lsq')
+  variables = train.init(params, [x])
+  with pytest.raises(TypeError, match='freeze takes the variables that init'):
+    train.freeze(params)
+  with pytest.raises(TypeError, match='labels takes the variables that init'):
+    plan.labels(params)
+  with pytest.raises(ValueError, match='has leaves of training'):
+    train.init(variables, [x])
+  with pytest.raises(ValueError, match='has leaves of training'):
+    train.init(params, [x], start=variables)
+  wider = {**params, 'a': R(9, 24)}
+  with pytest.raises(ValueError, match=r"of another model.*'a'.*\(9, 24\)"):
+    train.freeze({**variables, 'weights': wider})
+
+
+def test_estimators_out_of_place():
+  apply, params, x = CASES['mlp']
+  plan = ql.plan(apply, params, {'': W4A8}, x)
+  with pytest.raises(ValueError, match=r'pact.* is for activations'):
+    ql.qat(apply, plan, E.pact())
+  with pytest.raises(TypeError, match='takes an estimator such as lsq'):
+    E.warm_up(E.lsq)
+  with pytest.raises(ValueError, match='delta >= 0'):
+    E.ewgs(delta=-1.0)

@@ -63,6 +63,14 @@ def test_differences_of_equal_values_are_none():
   assert manifest.differences({'a': [1]}, {'a': [1]}) == []
 
 
+def test_differences_within_lists_are_named_by_place():
+  there = {'variants': [{'name': 'a', 'steps': 20}, {'name': 'b'}]}
+  here = {'variants': [{'name': 'a', 'steps': 30}, {'name': 'b'}]}
+  assert manifest.differences(there, here) == [
+    'variants[0].steps: 20 there, 30 here'
+  ]
+
+
 def test_environment_names_versions_and_device():
   env = runtime.environment()
   assert env['versions']['jax'] == jax.__version__
