@@ -75,9 +75,7 @@ def encoding(config: Any, work: models.Workload, label: str) -> Callable:
   """`plan -> variables` by 'encoder/seed', see `search.Encoded`."""
   name, seed = label.split('/')
   drawn = _drawn(config, work, int(seed))
-  plan = search.space(
-    work.apply, work.params, spaces.choices(config), *work.example
-  ).columns[0]
+  plan = spaces.space(config, work).columns[0]
   member = on_floats(encoder(name), drawn, plan)
 
   def encode(plan):
@@ -132,9 +130,7 @@ def judge(
   All of them run through one compiled function. Allocations that chose the
   same are one measurement under several names.
   """
-  space = search.space(
-    work.apply, work.params, spaces.choices(config), *work.example
-  )
+  space = spaces.space(config, work)
   plain = search.Program(work.apply, work.params, space, work.calibration)
   apply = None
   for label in runtime.track(labels(config), config.model):

@@ -13,7 +13,7 @@ import numpy as np
 import quantlab as ql
 from experiments import decoding, training
 from quantlab import quality, report, runtime
-from quantlab.core import named_leaves
+from quantlab.core import named_leaves, nonfinite
 from quantlab.models import llama
 from quantlab.qat.start import thawed
 
@@ -270,9 +270,8 @@ def overflow(
     batch: of that update.
   """
   task, inputs = made.task, batch[: made.task.inputs]
-  for name, leaf in named_leaves(variables):
-    if _is_float(leaf) and not np.isfinite(leaf).all():
-      return f'the variable {name!r} is not finite'
+  if bad := nonfinite(dict(named_leaves(variables))):
+    return f'the variable {bad[0]!r} is not finite'
   weights = thawed(variables)  # floats, of an adapted base too
   _, found = jax.jit(ql.observe(task.apply, _Finite()))(weights, *inputs)
   # In the order of the program, which a jitted function's dict has lost.

@@ -50,9 +50,7 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
   variants.check_name('metric', metric, tuple(kept))
   table = search.additive(search.Table.from_json(kept[metric]))
   objective = objectives.default(work.metric)
-  found = search.space(
-    work.apply, work.params, spaces.choices(config), *work.example
-  )
+  found = spaces.space(config, work)
   program = search.Program(work.apply, work.params, found, work.calibration)
   measure = search.Measure(
     program, spaces.judged_on(config, work), work.metric, [objective]

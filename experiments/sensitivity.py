@@ -106,9 +106,7 @@ def _truth(
     for kind, low in config.kinds
   }
   objective = objectives.default(work.metric)
-  found = search.space(
-    work.apply, work.params, spaces.choices(config), *work.example
-  )
+  found = spaces.space(config, work)
   program = search.Program(work.apply, work.params, found, work.calibration)
   names = dict.fromkeys(
     n for n in (objective, 'kl') if n in objectives.known(work.metric)

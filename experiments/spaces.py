@@ -124,6 +124,11 @@ def _sensitivity(config, work, batches, names, **more):
   )
 
 
+def space(config: Any, work: models.Workload) -> search.Space:
+  """The choices of a config on its model."""
+  return search.space(work.apply, work.params, choices(config), *work.example)
+
+
 def workload(config: Any) -> models.Workload | None:
   """The model of a config, or None with a message."""
   variants.check_name('model', config.model, tuple(models.WORKLOADS))

@@ -19,7 +19,15 @@ from experiments import variants
 from quantlab import data, models, quality
 from quantlab.core.tree import path_str
 from quantlab.data import batches, text
-from quantlab.models import bitnet, digits, lenet, llama, mlp, resnet_cifar
+from quantlab.models import (
+  bitnet,
+  digits,
+  lenet,
+  llama,
+  mlp,
+  resnet_cifar,
+  zoo,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -231,8 +239,7 @@ def minilm_sts(longest: int = 24) -> Task:
     )
 
   def prepare(ids, length, score):
-    mask = np.arange(longest) < length[..., None]
-    return ids[..., :longest].astype(np.int32), mask, score
+    return (*zoo.cut(ids, length, longest), score)
 
   def loss(embeddings, score):
     found = quality.cosine(embeddings[:, 0], embeddings[:, 1])

@@ -394,5 +394,4 @@ def _optimizer(made: Trainee, named: Any) -> Any:
 def optimizer_nbytes(made: Trainee, variables: Variables) -> int:
   """Bytes of the optimizer's state, of one run."""
   optimizer = _optimizer(made, labels(made, variables))
-  state = jax.eval_shape(optimizer.init, variables)
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  return ql.nbytes(jax.eval_shape(optimizer.init, variables))

@@ -133,7 +133,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise app.UsageError('--config, --workdir and --storage are needed')
   try:
     run(values.config, values.workdir, values.storage, values.trials)
-  except (variants.ConfigError, ValueError) as error:
+  except ValueError as error:
     sys.exit(f'error: {error}')
 
 

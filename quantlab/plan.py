@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from quantlab import core, ops, summary
 from quantlab.core import Layout, QParams, QTensor, Quantizer
+from quantlab.graph import _jaxpr
 from quantlab.graph import sites as sites_lib
 from quantlab.recipe import Recipe, Rule
 
@@ -98,6 +99,30 @@ class SitePlan:
     found = data['rule']
     fields['rule'] = None if found is None else Rule.from_json(found)
     return cls(**fields)
+
+
+VARIABLES = frozenset({'weights', 'sites', 'effective'})
+
+
+def is_variables(tree: Any) -> bool:
+  """Whether a tree is a variables tree rather than plain parameters."""
+  keys = set(tree) if isinstance(tree, Mapping) else set()
+  return {'weights', 'sites'} <= keys <= VARIABLES
+
+
+def check_variables(tree: Any, taker: str) -> None:
+  """Refuses what is no variables tree.
+
+  Raises:
+    TypeError: says what was found.
+  """
+  if is_variables(tree):
+    return
+  found = list(tree)[:5] if isinstance(tree, Mapping) else type(tree).__name__
+  raise TypeError(
+    f"{taker} takes the variables that init gave, {{'weights': ..., 'sites': "
+    f'...}}, found {found}'
+  )
 
 
 # Leaves of sites that training learns, and their label (see `Plan.labels`).
@@ -210,11 +235,7 @@ class Plan:
     Raises:
       TypeError: no variables.
     """
-    if not {'weights', 'sites'} <= set(variables):
-      raise TypeError(
-        'labels takes the variables that init gave, with weights and sites, '
-        f'found {list(variables)[:5]}'
-      )
+    check_variables(variables, 'labels')
 
     def weight(leaf):
       if isinstance(leaf, QTensor):
@@ -340,6 +361,26 @@ class Plan:
           f'parameter {path!r} is planned as {planned!r}, got codes of '
           f'{leaf.quantizer!r}: these are the params of another model'
         )
+
+  def check_finite(self, params: Mapping[str, Any]) -> None:
+    """Refuses weights that hold NaN or infinity.
+
+    Args:
+      params: by path; those of quantized products are looked at, if their
+        values are known (within a trace they are not).
+
+    Raises:
+      ValueError: names them.
+    """
+    used = {p for s in self.quantized.values() for p in s.paths}
+    values = {
+      k: v for k, v in params.items() if k in used and not _jaxpr.is_tracer(v)
+    }
+    if bad := core.nonfinite(values):
+      raise ValueError(
+        f'parameters hold NaN or infinity: {", ".join(bad)}; quantization '
+        'needs finite weights'
+      )
 
   def check_state(self, state: Mapping[str, Any]) -> None:
     """Refuses state of sites that has no meaning: a slip in a name.

@@ -23,29 +23,7 @@ from quantlab.graph import known, rewrite, tracing
 from quantlab.graph.sites import NOTHING
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
-
-VARIABLES = frozenset({'weights', 'sites', 'effective'})
-
-
-def is_variables(tree: Any) -> bool:
-  """Whether a tree is a variables tree rather than plain parameters."""
-  keys = set(tree) if isinstance(tree, Mapping) else set()
-  return {'weights', 'sites'} <= keys <= VARIABLES
-
-
-def check_variables(tree: Any, taker: str) -> None:
-  """Refuses what is no variables tree.
-
-  Raises:
-    TypeError: says what was found.
-  """
-  if is_variables(tree):
-    return
-  found = list(tree)[:5] if isinstance(tree, Mapping) else type(tree).__name__
-  raise TypeError(
-    f"{taker} takes the variables that init gave, {{'weights': ..., 'sites': "
-    f'...}}, found {found}'
-  )
+from quantlab.plan import is_variables as is_variables
 
 
 def _split(tree: Any) -> tuple[Any, dict[str, dict[str, Any]]]:

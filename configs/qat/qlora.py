@@ -51,7 +51,7 @@ def get_config(which=''):
   config.variants = (
     {'name': 'full', 'steps': STEPS, 'optimizer': full},
     _qlora('nf4', steps=0),
-    _qlora('qlora', rank=8),
+    _qlora('qlora'),
   )
   if which == 'codes':
     config.variants = (_qlora('qlora_4bit', bits=4),)

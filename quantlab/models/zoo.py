@@ -176,17 +176,18 @@ WIDTHS = (24, 56, 72)
 def _trim(ids: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Ids (b, 2, t) and the mask of real tokens, cut to the least width."""
   longest = int(length.max())
-  return _cut(ids, length, min(w for w in WIDTHS if w >= longest))
+  return cut(ids, length, min(w for w in WIDTHS if w >= longest))
 
 
 def _whole(
   ids: np.ndarray, length: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """The same in one width for all batches."""
-  return _cut(ids, length, WIDTHS[-1])
+  return cut(ids, length, WIDTHS[-1])
 
 
-def _cut(ids, length, t: int) -> tuple[np.ndarray, np.ndarray]:
+def cut(ids, length, t: int) -> tuple[np.ndarray, np.ndarray]:
+  """Ids (..., t), padded or cut to t tokens, and the mask of real ones."""
   ids = ids[..., :t].astype(np.int32)
   ids = np.pad(ids, ((0, 0), (0, 0), (0, t - ids.shape[-1])))
   return ids, np.arange(t) < length[..., None]

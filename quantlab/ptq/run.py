@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from quantlab import core, rewrites
+from quantlab import rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
 from quantlab.graph import tracing
@@ -86,7 +86,7 @@ def ptq(
   args = batches_lib.first(batches)
   traced, leaves, inputs = tracing.Tracer(apply)(params, args, {})
   made = make_plan(traced, leaves, inputs, as_recipe(recipe))
-  _refuse_nonfinite(made, traced.paths, leaves)
+  _check_params(made, traced.paths, leaves)
   _refuse_keyless(made, key)
   context = Context(
     apply, traced, made, params, batches, {}, key=key, loss=loss
@@ -165,8 +165,8 @@ def _check_key(key: Any) -> None:
     )
 
 
-def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
-  """A weight with NaN or infinity is refused by name."""
+def _check_params(made: Plan, paths, leaves) -> None:
+  """Refuses shapes without values, and weights that are not finite."""
   abstract = [
     p
     for p, leaf in zip(paths, leaves, strict=True)
@@ -177,13 +177,7 @@ def _refuse_nonfinite(made: Plan, paths, leaves) -> None:
       f'parameters {abstract[:5]} are shapes without values; ql.plan(...) '
       'takes shapes, quantizing needs arrays'
     )
-  used = {p for s in made.quantized.values() for p in s.paths}
-  chosen = {p: leaf for p, leaf in zip(paths, leaves, strict=True) if p in used}
-  if bad := core.nonfinite(chosen):
-    raise ValueError(
-      f'parameters hold NaN or infinity: {", ".join(bad)}; quantization needs '
-      'finite weights'
-    )
+  made.check_finite(dict(zip(paths, leaves, strict=True)))
 
 
 def _refuse_keyless(made: Plan, key) -> None:

@@ -179,15 +179,6 @@ def _scaled(v: Array, factor: Array) -> Array:
 _scaled.defjvp(lambda primals, t: (primals[0], t[0] * primals[1]))
 
 
-def _check_inner(outer: Any) -> None:
-  """Refuses a class in the place of what it makes."""
-  if not isinstance(outer.inner, Estimator):
-    raise TypeError(
-      f'{type(outer).__name__} takes an estimator such as lsq(), found '
-      f'{outer.inner!r}'
-    )
-
-
 def _constants(found: QParams) -> QParams:
   return jax.tree.map(lax.stop_gradient, found)
 
@@ -358,8 +349,37 @@ def _bent_backward(kept, g):
 _bent.defvjp(_bent_forward, _bent_backward)
 
 
+class _Around(Estimator):
+  """An estimator around another, whose ranges and leaves are its own."""
+
+  inner: Estimator
+
+  def __post_init__(self):
+    if not isinstance(self.inner, Estimator):  # such as a class
+      raise TypeError(
+        f'{type(self).__name__} takes an estimator such as lsq(), found '
+        f'{self.inner!r}'
+      )
+
+  @property
+  def learned(self) -> bool:  # type: ignore[override]
+    return self.inner.learned
+
+  def check(self, role, quantizer, where):
+    self.inner.check(role, quantizer, where)
+
+  def leaves(self, found, quantizer, loops=()):
+    return self.inner.leaves(found, quantizer, loops)
+
+  def prepare(self, x, quantizer, axis):
+    return self.inner.prepare(x, quantizer, axis)
+
+  def qparams(self, x, quantizer, leaves, axis):
+    return self.inner.qparams(x, quantizer, leaves, axis)
+
+
 @dataclasses.dataclass(frozen=True)
-class ewgs(Estimator):
+class ewgs(_Around):
   """Element-wise gradient scaling around another estimator.
 
     g_x = g (1 + delta sign(g) (v - round(v))),  v = x / s
@@ -377,30 +397,17 @@ class ewgs(Estimator):
   inner: Estimator = dataclasses.field(default_factory=lsq)
 
   def __post_init__(self):
+    super().__post_init__()
     if not self.delta >= 0:
       raise ValueError(f'ewgs takes delta >= 0, found {self.delta!r}')
-    _check_inner(self)
-
-  @property
-  def learned(self) -> bool:  # type: ignore[override]
-    return self.inner.learned
 
   def check(self, role, quantizer, where):
-    self.inner.check(role, quantizer, where)
+    super().check(role, quantizer, where)
     if not quantizer.format.is_integer:
       raise ValueError(
         f'ewgs() measures rounding errors in steps of a uniform format, '
         f'{quantizer!r} of {where} has none; use {self.inner!r} alone'
       )
-
-  def leaves(self, found, quantizer, loops=()):
-    return self.inner.leaves(found, quantizer, loops)
-
-  def prepare(self, x, quantizer, axis):
-    return self.inner.prepare(x, quantizer, axis)
-
-  def qparams(self, x, quantizer, leaves, axis):
-    return self.inner.qparams(x, quantizer, leaves, axis)
 
   def simulate(self, x, quantizer, leaves, axis, count):
     fixed = lax.stop_gradient(self.prepare(x, quantizer, axis))
@@ -414,7 +421,7 @@ class ewgs(Estimator):
 
 
 @dataclasses.dataclass(frozen=True)
-class warm_up(Estimator):
+class warm_up(_Around):
   """Quantization that sets in gradually: x + strength (Q(x) - x).
 
   The leaf 'strength', from 0 to 1, is state: `ql.set_leaves(variables,
@@ -427,25 +434,9 @@ class warm_up(Estimator):
 
   inner: Estimator = dataclasses.field(default_factory=ste)
 
-  def __post_init__(self):
-    _check_inner(self)
-
-  @property
-  def learned(self) -> bool:  # type: ignore[override]
-    return self.inner.learned
-
-  def check(self, role, quantizer, where):
-    self.inner.check(role, quantizer, where)
-
   def leaves(self, found, quantizer, loops=()):
-    inner = self.inner.leaves(found, quantizer, loops)
+    inner = super().leaves(found, quantizer, loops)
     return {**inner, 'strength': jnp.zeros((*loops, 1, 1))}
-
-  def prepare(self, x, quantizer, axis):
-    return self.inner.prepare(x, quantizer, axis)
-
-  def qparams(self, x, quantizer, leaves, axis):
-    return self.inner.qparams(x, quantizer, leaves, axis)
 
   def simulate(self, x, quantizer, leaves, axis, count):
     x_hat = self.inner.simulate(x, quantizer, leaves, axis, count)

@@ -10,6 +10,7 @@ import numpy as np
 
 from quantlab import core, rewrites
 from quantlab.core.tree import named_leaves
+from quantlab.plan import check_variables
 from quantlab.ptq.model import Quantized, stored
 from quantlab.qat.estimators import need_leaves
 from quantlab.qat.start import KEPT, Tracing
@@ -30,7 +31,7 @@ def freeze(
       the variables are of another model than the plan.
   """
   plan = tracer.plan
-  rewrites.check_variables(variables, 'freeze')
+  check_variables(variables, 'freeze')
   params, state = variables['weights'], variables['sites']
   plan.check_state(state)
   _refuse_unfinished(state)
@@ -51,7 +52,7 @@ def freeze(
       'diverged. Freeze an earlier save'
     )
   for path, storage in plan.leaves.items():
-    _check_shape(values.get(path), storage, path)
+    _check_shape(path, values.get(path), storage)
   coded = {
     path: quantize(values[path], storage, *plan.weight_roles[path])
     for path, storage in plan.leaves.items()
@@ -120,15 +121,16 @@ def _refuse_unfinished(state: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shape(w: Any, storage: Any, path: str) -> None:
-  """Refuses a weight that the plan cannot lay out."""
-  try:
-    if w is None:
-      raise ValueError('there is none')
-    jax.eval_shape(storage.layout.to_canonical, w)
-  except ValueError as error:
-    raise ValueError(
-      f'the variables are of another model than the plan: the weight {path!r} '
-      f'is {None if w is None else w.shape} ({error}). Freeze what init of '
-      'this plan made'
-    ) from error
+def _check_shape(path: str, w: Any, storage: Any) -> None:
+  """Refuses a weight that is absent, or that the plan cannot lay out."""
+  why = 'absent'
+  if w is not None:
+    try:
+      jax.eval_shape(storage.layout.to_canonical, w)
+      return
+    except ValueError as error:
+      why = f'of shape {w.shape}: {error}'
+  raise ValueError(
+    f'the variables are of another model than the plan: the weight {path!r} '
+    f'is {why}. Freeze what init of this plan made'
+  )

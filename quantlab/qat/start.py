@@ -92,17 +92,11 @@ def start(
   plan = tracer.plan
   if rewrites.is_variables(params):
     given, params = params, thawed(params)
-    _refuse_trained(given)
   elif given is not None:
-    _refuse_trained(given)
     _refuse_transformed(given)
-  used = {p for s in plan.quantized.values() for p in s.paths}
-  values = {k: v for k, v in named_leaves(params) if k in used}
-  if bad := core.nonfinite(values):
-    raise ValueError(
-      f'parameters hold NaN or infinity: {", ".join(bad[:5])}; training '
-      'begins with finite weights'
-    )
+  if given is not None:
+    _refuse_trained(given)
+  plan.check_finite(dict(named_leaves(params)))
   args = () if batches is None else batches_lib.first(batches)
   if args:
     tracer.check(params, args, {})
@@ -156,7 +150,7 @@ def thawed(variables: Mapping[str, Any]) -> Any:
 
 def _refuse_trained(given: Mapping[str, Any]) -> None:
   """Leaves of an estimator are not ranges of a quantized model."""
-  for name, roles in given.get('sites', {}).items():
+  for name, roles in given['sites'].items():
     for role, leaves in roles.items():
       if role not in KEPT and set(leaves) & {*LEARNED, 'strength'}:
         raise ValueError(

@@ -320,6 +320,17 @@ def test_one_program_for_every_width():
   )
 
 
+def test_training_begins_within_a_trace_too():
+  """Shapes of the variables, such as to restore them, without computing."""
+  train, _, params, _ = made('scan', 'bitnet')
+  variables = train.init(params)
+  shapes = jax.eval_shape(train.init, params)
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.jit(train.init)(params), variables
+  )
+
+
 def test_strength_moves_and_freezing_waits_for_it():
   apply, params, x = CASES['scan']
   plan = ql.plan(apply, params, {'': RULES['bitnet'][0]}, x)
