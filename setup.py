@@ -27,7 +27,7 @@ INSTALL = [
 ]
 EXTRAS = {
   'gpu': ['jax[cuda13]', 'jax-triton>=0.3.1'],
-  'search': ['optuna>=5'],
+  'search': ['optuna>=5', 'threadpoolctl>=3.5'],
   'interop': ['safetensors>=0.6'],
   'bench': ['onnx>=1.16', 'onnxruntime>=1.20', 'qwix>=0.1.8', 'torch>=2.5'],
   'llama': ['gguf>=0.10', 'llama-cpp-python>=0.3'],
@@ -46,6 +46,7 @@ EXTRAS = {
     'pytest>=8',
     'pytest-xdist>=3.6',
     'ruff>=0.12',
+    'threadpoolctl>=3.5',
   ],
 }
 

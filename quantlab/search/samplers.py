@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import threadpoolctl
 from scipy.stats import qmc
 
 from quantlab.search import predict
@@ -126,7 +127,10 @@ class Predicted(optuna.samplers.BaseSampler):
       for t in study.get_trials(deepcopy=False)
       if len(t.params) == len(self.sizes)
     }
-    front = self._front(study, seen)
+    # Trees on a few hundred rows: threads would only wait for each other, by
+    # spinning, which costs a busy machine ten times the work.
+    with threadpoolctl.threadpool_limits(1, 'openmp'):
+      front = self._front(study, seen)
     fresh = [c for c in front if c not in tried] or [self._random()]
     pick = fresh[self.rng.integers(len(fresh))]
     return dict(zip(self.sizes, pick, strict=True))

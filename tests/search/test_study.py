@@ -89,7 +89,7 @@ def test_a_killed_worker_loses_nothing(tmp_path):
 
 
 def test_what_is_nan_is_recorded_and_never_best(tmp_path):
-  made = study.Study(TABLE, tmp_path / 'journal', first=4)
+  made = study.Study(TABLE, tmp_path / 'journal', first=4, worker='alone')
 
   def sometimes(choice):
     return float('nan') if choice[0] < 2 else loss(choice)
@@ -107,11 +107,21 @@ def test_what_is_nan_is_recorded_and_never_best(tmp_path):
 
 
 def test_a_study_goes_on_where_it_was(tmp_path):
-  url = f'sqlite:///{tmp_path}/study.db'
   starts = [(3,) * ROWS, (0,) * ROWS]
-  first = study.Study(TABLE, url, ('loss', 'bytes'), sampler='random', first=2)
+
+  def opened(worker):  # named: its random draws are the same in every run
+    return study.Study(
+      TABLE,
+      f'sqlite:///{tmp_path}/study.db',
+      ('loss', 'bytes'),
+      sampler='random',
+      first=2,
+      worker=worker,
+    )
+
+  first = opened('first')
   first.run(both, 5, starts)
-  again = study.Study(TABLE, url, ('loss', 'bytes'), sampler='random', first=2)
+  again = opened('second')
   again.run(both, 8, starts)
   seen = [c for c, _ in again.history()]
   assert len(seen) == 8
