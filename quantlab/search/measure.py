@@ -25,7 +25,8 @@ class Measure:
     batches: `(*inputs, *targets)`, read once for each call.
     task: says what the outputs are.
     names: objectives, see `objectives.DIRECT`.
-    base: the choice that everything is compared with; float by default.
+    base: the choice whose own objectives are taken off; float by default,
+      which has none.
   """
 
   def __init__(
@@ -57,23 +58,30 @@ class Measure:
   ) -> Results:
     """Values and standard errors of each choice.
 
+    Of each example's objective against the float model, less the base's.
+
     One compiled call after another: on a CPU as fast as one `lax.map` within
     a tenth (`configs/bench/search.py`), and `vmap` over choices computes all
     branches; the device never waits for the host, which reads results a batch
     behind.
     """
     sums: list[dict[str, list]] = [{n: [] for n in self.names} for _ in choices]
-    states = [self.program.bits(c) for c in choices]
-    params, base = self.program.params, self.program.bits(self.base)
+    bits, params = self.program.bits, self.program.params
+    plain, states = bits(self.program.float), [bits(c) for c in choices]
+    moved = self.base != self.program.float
     for i, batch in enumerate(track(self.batches, 'measure')):
       inputs, targets = split(batch, self.task.targets, i)
-      reference = self.forward(params, base, inputs)
-      stats = [
-        self.contrast(params, s, inputs, targets, reference) for s in states
-      ]
-      for kept, stat in zip(sums, jax.device_get(stats), strict=True):
-        for n, pair in stat.items():
-          kept[n].append(pair)
+      reference = self.forward(params, plain, inputs)
+      stats = jax.device_get(
+        [
+          self.contrast(params, s, inputs, targets, reference)
+          for s in ([bits(self.base)] if moved else []) + states
+        ]
+      )
+      start = stats.pop(0) if moved else {n: (0, 0) for n in self.names}
+      for kept, stat in zip(sums, stats, strict=True):
+        for n, (total, count) in stat.items():
+          kept[n].append((total - start[n][0], count))
     return {n: [_conclude(n, kept[n]) for kept in sums] for n in self.names}
 
 

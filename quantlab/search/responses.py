@@ -54,8 +54,10 @@ def interactions(
     outputs are not finite has no interactions.
   """
   params, task = measure.program.params, measure.task
-  base = measure.program.bits(measure.base)
-  states = [measure.program.bits(c) for c in choices]
+  plain, base, *states = (
+    measure.program.bits(c)
+    for c in (measure.program.float, measure.base, *choices)
+  )
   grams = {n: jax.jit(_gram(task, n)) for n in names}
   found: dict[str, list[Any]] = {n: [] for n in names}
   for i, batch in enumerate(track(batches, 'interactions')):
@@ -63,11 +65,13 @@ def interactions(
       measure, base, split(batch, task.targets, i), memory // len(states)
     ):
       inputs, targets = part
-      reference = measure.forward(params, base, inputs)
+      reference = measure.forward(params, plain, inputs)
+      start = measure.forward(params, base, inputs)
       outputs = [measure.forward(params, s, inputs) for s in states]
-      change = jnp.stack(outputs) - reference
+      change = jnp.stack(outputs) - start
       for n, gram in grams.items():
-        found[n].append(jax.device_get(gram(change, reference, targets)))
+        part_sums = gram(change, start, reference, targets)
+        found[n].append(jax.device_get(part_sums))
   other = np.not_equal.outer(rows, rows)
   return {n: _conclude(parts, other) for n, parts in found.items()}
 
@@ -85,22 +89,25 @@ def _parts(measure, base, batch, memory: int) -> Iterator[Any]:
 
 
 def _gram(task: metrics.Metric, name: str) -> Callable:
-  """`(changes (k, b, ...), reference, targets) -> (sums (k, k), count)`."""
+  """`(changes (k, b, ...) from start, start, reference, targets)`
+
+  `-> (sums (k, k), count)`.
+  """
   f = objectives.per_example(task, name)
 
-  def run(change, reference, targets):
+  def run(change, start, reference, targets):
     def slope(z):
       return jax.grad(lambda z: f(reference, z, *targets)[0].sum())(z)
 
     def bent(u):
-      return jax.jvp(slope, (reference,), (u,))[1]
+      return jax.jvp(slope, (start,), (u,))[1]
 
     failed = ~jnp.isfinite(change).reshape(len(change), -1).all(1)
-    at = (slice(None), *[None] * reference.ndim)
+    at = (slice(None), *[None] * start.ndim)
     change = jnp.where(failed[at], 0, change)
     curved = lax.map(bent, change).reshape(len(change), -1)
     sums = change.reshape(len(change), -1) @ curved.T
-    return sums, f(reference, reference, *targets)[1].sum()
+    return sums, f(reference, start, *targets)[1].sum()
 
   return run
 

@@ -66,7 +66,7 @@ def sensitivity(
     model = ql.ptq(apply, params, found, batches, ql.gptq())
 
   Measured by running the quantized model with one row at an option, the others
-  as in `base`; compiled once for all of them:
+  as in `base`, less the same of `base`; compiled once for all of them:
 
     kl            KL(float || quantized) of the outputs, nats
     loss          change of the task's loss
@@ -95,7 +95,9 @@ def sensitivity(
       labels and with them a loss.
     of: the objective whose derivatives are taken; the loss by default, where
       the task has none 'similarity' or 'kl'.
-    base: the option of every other row; float by default.
+    base: the option of every other row, float by default: errors add up only
+      while they are small, and a table made around the option that the budget
+      allows says what moves away from it do. Direct metrics alone.
     encode: `plan -> variables`: weights are what an encoder makes of them (see
       `search.Encoded`) and not rounded to nearest; direct metrics alone.
     ties: groups of sites that take one option.
@@ -129,6 +131,12 @@ def sensitivity(
     raise ValueError(
       f'{derived} expand the errors of rounding; with encode= ask for what is '
       f'run: {list(objectives.DIRECT)}'
+    )
+  if base is not None and {'sqnr', *derived} & set(names):
+    raise ValueError(
+      f'{[n for n in names if n in {"sqnr", *derived}]} start at the float '
+      'model; with base= ask for others of '
+      f'{[n for n in objectives.DIRECT if n != "sqnr"]}'
     )
   joint = _interacting(names, interactions)
   of = objectives.check(task, of or objectives.default(task))

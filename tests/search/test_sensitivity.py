@@ -388,10 +388,26 @@ def test_traced_widths_are_the_static_formats(per):
   assert run._cache_size() == 1
 
 
-def test_base_and_ties():
+def test_a_base_is_where_a_table_starts():
+  """Values are changes of the divergence from float, not from the base."""
+  formats = [ql.int2(), ql.int3(), ql.int8()]
+  table = ql.sensitivity(mlp, PARAMS, {'': formats}, XS, 'kl', base='int3')
+
+  def kl(*made):
+    model = ql.ptq(mlp, PARAMS, dict(zip(('a', 'b'), made, strict=True)), XS)
+    found = quality.compare(mlp, PARAMS, model.apply, model.params, XS)
+    return found['kl_mean'].value
+
+  start = formats[1]
+  for k, made in enumerate(formats):
+    change = kl(made, start) - kl(start, start)
+    assert table.values[0][k] == pytest.approx(change, abs=1e-6)
+  assert table.values[0][1] == 0
+  assert table.values[0][2] < 0 < table.values[0][0]
+
+
+def test_ties():
   formats = [ql.int2(), ql.int8()]
-  alone = ql.sensitivity(mlp, PARAMS, {'': formats}, XS, 'kl', base='int8')
-  assert alone.values[0][1] == 0
   tied = ql.sensitivity(mlp, PARAMS, {'': formats}, XS, 'kl', ties=[('a', 'b')])
   assert [r.sites for r in tied.rows] == [('a', 'b')]
   model = ql.ptq(mlp, PARAMS, {'': ql.int2()}, XS)
@@ -523,6 +539,9 @@ def test_what_cannot_be_is_said():
     ql.sensitivity(mlp, PARAMS, choices, XS, ties=[('a', 'c')])
   with pytest.raises(ValueError, match="base='int4' is no option"):
     ql.sensitivity(mlp, PARAMS, choices, XS, base='int4')
+  for name in ('sqnr', 'fisher'):
+    with pytest.raises(ValueError, match='start at the float model'):
+      ql.sensitivity(mlp, PARAMS, choices, XS, name, base='int2')
   with pytest.raises(ValueError, match='batch 0 has 1 arrays'):
     ql.sensitivity(mlp, PARAMS, choices, XS, task=quality.classification)
 
