@@ -90,23 +90,30 @@ def encoding(config: Any, work: models.Workload, label: str) -> Callable:
 def tables(
   folder: runtime.Workdir, config: Any, work: models.Workload
 ) -> dict[str, search.Table]:
-  """Direct metrics of what encoders that read data make of each weight.
+  """Further direct tables, by what they were measured with; kept in the folder.
 
-  By 'metric.encoder', on the first calibration set (AdaQuant's integer
-  programs have such tables, arXiv 2006.10518); kept in the folder.
+  'metric.encoder' is of what an encoder that reads data makes of each weight,
+  on the first calibration set (AdaQuant's integer programs have such tables,
+  arXiv 2006.10518); 'metric@option' is around an option of the budgets.
   """
   found: dict[str, search.Table] = {}
   for name in config.encoders:
-    if encoder(name).observe is None:
-      continue
-    file = f'tables_{name}.json'
-    if folder.read_json(file) is None:
-      measured = spaces.direct_tables(
-        config, work, encoding(config, work, f'{name}/0')
-      )
-      folder.write_json(file, {k: t.to_json() for k, t in measured.items()})
-    kept = folder.read_json(file)
-    found |= {f'{k}.{name}': search.Table.from_json(v) for k, v in kept.items()}
+    reads = encoder(name).observe is not None
+    tail = f'.{name}' if reads else ''
+    todo = {f'{tail}@{option}': option for option in config.budgets}
+    file, around = f'tables_{name}.json', bool(config.around)
+    kept = folder.read_json(file, {})
+    encode = None
+    for mark, base in [*([(tail, None)] if reads else []), *todo.items()]:
+      if (base is None or around) and mark not in kept:
+        if reads and encode is None:
+          encode = encoding(config, work, f'{name}/0')
+        made = spaces.direct_tables(config, work, encode, base)
+        kept[mark] = {k: t.to_json() for k, t in made.items()}
+        folder.write_json(file, kept)
+    for mark, group in kept.items():
+      for metric, table in group.items():
+        found[metric + mark] = search.Table.from_json(table)
   return found
 
 

@@ -80,10 +80,12 @@ def allocations(
     uniform = search.Allocation(first, first.uniform(option), 'uniform', {})
     found[f'{option}/uniform'] = uniform
     for metric, method in config.allocations:
-      if metric not in tables:
+      here = metric + option if metric.endswith('@') else metric
+      if here not in tables:
         continue
-      table = tables[metric]
-      if metric not in ('lrp', 'sqnr'):  # whose zero means nothing
+      table = tables[here]
+      # Where zero is no change; around an option, less is better than nothing.
+      if metric not in ('lrp', 'sqnr') and here == metric:
         table = table.floored()
       if method != 'quadratic':  # the others know sums alone
         table = search.additive(table)
@@ -131,6 +133,8 @@ def _map(rows, chosen) -> plots.Figure:
 def _page(config, tables, found, rows) -> str:
   figures = {}
   for metric, table in tables.items():
+    if '@' in metric:  # its values begin elsewhere
+      continue
     plain = search.additive(table)
     front = search.pareto(plain)
     figure = plots.figure(9, max(3.6, 0.5 + 0.17 * len(found)))

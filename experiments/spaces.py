@@ -96,14 +96,24 @@ def _measure(
 
 
 def direct_tables(
-  config: Any, work: models.Workload, encode: Callable | None = None
+  config: Any,
+  work: models.Workload,
+  encode: Callable | None = None,
+  base: str | None = None,
 ) -> dict[str, search.Table]:
-  """Tables of what is run; of weights that were encoded, if they are."""
-  names = tuple(n for n in metrics(config, work) if n in objectives.DIRECT)
+  """Tables of what is run; of weights that were encoded, if they are.
+
+  Around an option they are of the metrics in `config.around` alone.
+  """
+  names = tuple(
+    n
+    for n in metrics(config, work)
+    if n in objectives.DIRECT and (base is None or n in config.around)
+  )
   if not names:
     return {}
   return _sensitivity(
-    config, work, measured_on(config, work), names, encode=encode
+    config, work, measured_on(config, work), names, encode=encode, base=base
   )
 
 

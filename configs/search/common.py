@@ -36,6 +36,8 @@ def base(model: str) -> ml_collections.ConfigDict:
   )
   # Metrics whose tables say what every two options do jointly.
   config.interactions = ('loss', 'kl', 'similarity', 'hessian')
+  # Direct metrics that are measured again around the option of each budget.
+  config.around = ('kl', 'similarity')
   config.probes = 16  # of the trace, for each batch
   config.iterations = 10  # of the eigenvalue
   # Random plans, whose loss the tables are to predict: how many of each kind,
@@ -46,14 +48,22 @@ def base(model: str) -> ml_collections.ConfigDict:
   config.allocations = (
     ('kl', 'dp'),
     ('kl', 'quadratic'),
+    ('kl@', 'dp'),  # around the option of the budget
+    ('kl@', 'quadratic'),
     ('kl.gptq', 'dp'),  # measured on what GPTQ makes of each weight
     ('kl.gptq', 'quadratic'),
+    ('kl.gptq@', 'dp'),
+    ('kl.gptq@', 'quadratic'),
     ('loss', 'dp'),
     ('loss', 'quadratic'),
     ('similarity', 'dp'),
     ('similarity', 'quadratic'),
+    ('similarity@', 'dp'),
+    ('similarity@', 'quadratic'),
     ('similarity.gptq', 'dp'),
     ('similarity.gptq', 'quadratic'),
+    ('similarity.gptq@', 'dp'),
+    ('similarity.gptq@', 'quadratic'),
     ('output_mse', 'dp'),
     ('fisher', 'dp'),
     ('hessian', 'dp'),

@@ -5,6 +5,7 @@ from quantlab.search.allocate import allocate as allocate
 from quantlab.search.allocate import pareto as pareto
 from quantlab.search.bisection import Bisection as Bisection
 from quantlab.search.bisection import bisect as bisect
+from quantlab.search.decoupled import decoupled as decoupled
 from quantlab.search.distill import batch_norms as batch_norms
 from quantlab.search.distill import distill as distill
 from quantlab.search.encoded import Encoded as Encoded

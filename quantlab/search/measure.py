@@ -78,7 +78,7 @@ class Measure:
           for s in ([bits(self.base)] if moved else []) + states
         ]
       )
-      start = stats.pop(0) if moved else {n: (0, 0) for n in self.names}
+      start = stats.pop(0) if moved else dict.fromkeys(self.names, (0, 0))
       for kept, stat in zip(sums, stats, strict=True):
         for n, (total, count) in stat.items():
           kept[n].append((total - start[n][0], count))

@@ -89,9 +89,10 @@ def _parts(measure, base, batch, memory: int) -> Iterator[Any]:
 
 
 def _gram(task: metrics.Metric, name: str) -> Callable:
-  """`(changes (k, b, ...) from start, start, reference, targets)`
+  """Sums of q_ij and what they are divided by.
 
-  `-> (sums (k, k), count)`.
+  `(changes (k, b, ...), start, reference, targets) -> (sums (k, k), count)`,
+  changes from the outputs of the start, reference the float model's.
   """
   f = objectives.per_example(task, name)
 

@@ -323,3 +323,51 @@ def test_noise_below_zero_is_floored():
   )
   np.testing.assert_array_equal(table.floored().values[0], [0.5, 0, 0.1])
   np.testing.assert_array_equal(table.floored(3).values[0], [0.5, 0, 0])
+
+
+def test_groups_of_two_metrics_share_a_budget():
+  """MixDQ: whatever the units of the groups, the division is by measurement."""
+  rng = np.random.default_rng(0)
+  costs = {'bytes': [[2, 3, 4, 8]] * 5}
+  start = [(2,) * 2, (2,) * 3]
+
+  def groups(values, units):
+    scaled = [v * units[i > 1] for i, v in enumerate(values)]
+    table = table_of(scaled, costs)
+    return [table.select('r[01]'), table.select('r[234]')]
+
+  for _ in range(5):
+    values = [-np.sort(-rng.random(4)) for _ in range(5)]
+    true, seen = table_of(values, costs), set()
+
+    def measure(choice, seen=seen, true=true):
+      seen.add(choice)
+      return true.predict(choice)
+
+    found = search.decoupled(
+      groups(values, (1, 1)), start, measure, ratios=(0.5, 0.75, 1, 1.25)
+    )
+    assert found.costs['bytes'] <= 20
+    assert [r.name for r in found.table.rows] == [r.name for r in true.rows]
+    assert len(seen) > 1
+    assert true.predict(found.choice) == min(map(true.predict, seen))
+    assert true.predict(found.choice) <= true.predict((2,) * 5)
+    # Other units change nothing.
+    again = search.decoupled(
+      groups(values, (7, 0.1)), start, measure, ratios=(0.5, 0.75, 1, 1.25)
+    )
+    assert again.choice == found.choice
+
+
+def test_groups_that_cannot_share_are_refused():
+  whole = table_of([[1, 0]] * 3, {'bytes': [[1, 2]] * 3})
+  groups = [whole.select('r0'), whole.select('r[12]')]
+  start = [(1,), (1, 1)]
+  with pytest.raises(ValueError, match='between two groups, got 1'):
+    search.decoupled(groups[:1], start[:1], sum)
+  with pytest.raises(ValueError, match=r"rows in common: \['r0'\]"):
+    search.decoupled([groups[0], whole], start, sum)
+  with pytest.raises(ValueError, match='none of those measured'):
+    search.decoupled(groups, start, lambda c: float('nan'))
+  with pytest.raises(ValueError, match='0 of them could be met'):
+    search.decoupled(groups, [(0,), (0, 0)], sum, ratios=(0.5, 2.0))

@@ -1,0 +1,98 @@
+"""Groups of sites with a metric each (MixDQ, arXiv 2405.17873)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from quantlab.search import knapsack
+from quantlab.search.allocate import Allocation
+from quantlab.search.table import Table, check_name
+
+Choice = tuple[int, ...]
+RATIOS = tuple(np.linspace(0.46, 1.36, 10))  # of the paper, for weights
+
+
+def decoupled(
+  groups: Sequence[Table],
+  start: Sequence[Choice],
+  measure: Callable[[Choice], float],
+  *,
+  ratios: Sequence[float] = RATIOS,
+  cost: str = 'bytes',
+) -> Allocation:
+  """The best of several ways to divide a budget between two groups of rows.
+
+  Values of one group are not compared with those of the other, which may be
+  another metric: each group is an integer program of its own. How much of the
+  budget each has is decided by measurement, as in the outer loop of the paper:
+
+    r C_1 t + C_2 t = C_1 + C_2
+
+  with C_i the cost of `start` in group i, r the ratio, t what keeps the sum.
+
+  Args:
+    groups: two tables without a row in common, such as
+      `tables['kl'].select('attention')`.
+    start: an option for each row of each group; its cost is the budget.
+    measure: of a choice for all rows, those of the first group first; small
+      is good, NaN never chosen.
+    ratios: what the mean cost in the first group, over that in the second, is
+      multiplied by.
+    cost: what is divided.
+
+  Returns:
+    The choice of least measured value, in a table of both groups.
+
+  Raises:
+    ValueError: not two groups, a row in both; no ratio that both groups can
+      meet, or none that measures as a number.
+  """
+  whole = joined(groups)
+  for table in groups:
+    check_name('cost', cost, table.costs)
+  base = [t.cost(c, cost) for t, c in zip(groups, start, strict=True)]
+  fronts = [knapsack.front(t.values, t.costs[cost]) for t in groups]
+  found: dict[Choice, float] = {}
+  for ratio in ratios:
+    share = sum(base) / (ratio * base[0] + base[1])
+    limits = (ratio * share * base[0], share * base[1])
+    if any(f.cost[0] > b for f, b in zip(fronts, limits, strict=True)):
+      continue
+    choice = sum((f.within(b) for f, b in zip(fronts, limits, strict=True)), ())
+    if choice not in found:
+      found[choice] = float(measure(choice))
+  good = {c: v for c, v in found.items() if not np.isnan(v)}
+  if not good:
+    raise ValueError(
+      f'none of the ratios {list(ratios)} gives a choice: {len(found)} of them '
+      f'could be met within {sum(base):,g} {cost}, and none of those measured '
+      'as a number'
+    )
+  best = min(good, key=good.__getitem__)
+  return Allocation(whole, best, 'decoupled', {cost: sum(base)})
+
+
+def joined(groups: Sequence[Table]) -> Table:
+  """One table of the rows of two; its values have no common unit."""
+  if len(groups) != 2:
+    raise ValueError(
+      f'a budget is divided between two groups, got {len(groups)}'
+    )
+  first, second = groups
+  both = {r.name for r in first.rows} & {r.name for r in second.rows}
+  if both:
+    raise ValueError(f'the groups have rows in common: {sorted(both)}')
+  first.check_model(second.model)
+  return dataclasses.replace(
+    first,
+    rows=first.rows + second.rows,
+    values=first.values + second.values,
+    stderr=first.stderr + second.stderr,
+    costs={k: c + second.costs[k] for k, c in first.costs.items()},
+    metric=f'{first.metric} | {second.metric}',
+    unit=f'{first.unit} | {second.unit}',
+    interactions=None,
+  )
