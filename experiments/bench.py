@@ -22,6 +22,7 @@ from rich import table as rich_table
 from experiments import command_line
 from experiments.benchmarks import (
   conv,
+  latency,
   matmul,
   search,
   second_order,
@@ -33,6 +34,7 @@ from quantlab import runtime
 # By name; a new one is a file in experiments/benchmarks and a line here.
 BENCHMARKS = {
   'conv': conv.run,
+  'latency': latency.run,
   'matmul': matmul.run,
   'search': search.run,
   'second_order': second_order.run,

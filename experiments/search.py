@@ -73,9 +73,10 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
 def allocations(
   config: Any, tables: dict[str, search.Table]
 ) -> dict[str, search.Allocation]:
-  """By budget and method; uniform ones give the budgets, in bytes."""
+  """By budget and method; the costs of uniform ones are the budgets."""
   found = {}
   first = next(iter(tables.values()))
+  variants.check_name('cost', config.cost, tuple(first.costs))
   for option in config.budgets:
     uniform = search.Allocation(first, first.uniform(option), 'uniform', {})
     found[f'{option}/uniform'] = uniform
@@ -95,7 +96,10 @@ def allocations(
       for draw in draws:
         name = f'{option}/{metric}-{method}' + f'-{draw}' * (len(draws) > 1)
         found[name] = ql.allocate(
-          table, uniform.costs['bytes'], method, seed=config.seed + draw
+          table,
+          {config.cost: uniform.costs[config.cost]},
+          method,
+          seed=config.seed + draw,
         )
   return found
 
@@ -106,6 +110,8 @@ def _rows(config, folder, found) -> list[dict[str, Any]]:
   values = folder.metrics.values
   for name, made in found.items():
     row: dict[str, Any] = {'allocation': name, 'bytes': made.costs['bytes']}
+    if config.cost != 'bytes':
+      row[config.cost] = made.costs[config.cost]
     row['predicted'] = made.value
     for encoder in config.encoders:
       for key in config.show:

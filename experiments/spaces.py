@@ -10,6 +10,7 @@ import numpy as np
 import quantlab as ql
 from experiments import steps, variants
 from quantlab import models, runtime, search
+from quantlab.runtime import files
 from quantlab.search import objectives
 
 
@@ -126,12 +127,27 @@ def _sensitivity(config, work, batches, names, **more):
     names,
     task=work.metric,
     ties=config.get('ties', ()),
+    costs=costs(config),
     interactions=[n for n in config.interactions if n in names],
     probes=config.probes,
     iterations=config.iterations,
     key=jax.random.key(config.seed),
     **more,
   )
+
+
+def costs(config: Any) -> dict[str, Any]:
+  """Costs beside those that need no measurement: seconds, if there are any."""
+  if not config.latency:
+    return {}
+  try:
+    data = files.read_json(config.latency)
+    return {'latency': ql.cost.LatencyTable.from_json(data['latency'])}
+  except (OSError, KeyError, ValueError) as error:
+    raise variants.ConfigError(
+      f'latency={config.latency!r} holds no measured latencies '
+      f'({type(error).__name__}: {error}); configs/bench/latency.py makes them'
+    ) from error
 
 
 def space(config: Any, work: models.Workload) -> search.Space:

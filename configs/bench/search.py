@@ -15,6 +15,7 @@ def get_config() -> config_dict.ConfigDict:
     {
       'benchmark': 'search',
       'seed': 0,
+      'model': {'blocks': 3, 'widths': (16, 32, 64)},  # ResNet-20
       'images': {'table': 32, 'probes': 64, 'population': 32},
       'widths': (2, 3, 4, 6, 8),
       'compiled': 3,

@@ -44,7 +44,11 @@ def base(model: str) -> ml_collections.ConfigDict:
   # and the first option that a kind draws from.
   config.random_plans = 100
   config.kinds = (('2 to 8 bits', 0), ('4 to 8 bits', 2))
+  # Options whose uniform cost is a budget, of 'bytes', 'bops' or, from what
+  # configs/bench/latency.py measured, 'latency'.
   config.budgets = ('int3', 'int4')
+  config.cost = 'bytes'
+  config.latency = ''
   config.allocations = (
     ('kl', 'dp'),
     ('kl', 'quadratic'),

@@ -28,7 +28,8 @@ def run(config: Any) -> dict[str, Any]:
   """
   keys = jax.random.split(jax.random.key(config.seed), 3)
   apply = resnet_cifar.apply
-  params = jax.jit(resnet_cifar.init)(keys[0])
+  shape = {k: config.model[k] for k in ('blocks', 'widths')}
+  params = jax.jit(lambda key: resnet_cifar.init(key, **shape))(keys[0])
   most = max(config.images.values())
   images = jax.random.normal(keys[1], (most, 32, 32, 3))
   labels = jax.random.randint(keys[2], (most,), 0, 10)
@@ -80,7 +81,7 @@ def _table(config, apply, params, choices, batch, found) -> dict[str, Any]:
     samples,
     'recompiling',
     {'one_compilation': config.limits.table},
-    f'{len(entries)} entries of ResNet-20, {len(images)} images; of the '
+    f'{len(entries)} entries, {len(images)} images; of the '
     f'loop {len(some)} entries were run, and their seconds taken {share:g} '
     'times',
   )
@@ -109,7 +110,7 @@ def _probes(config, program, batch) -> dict[str, Any]:
     ),
     'forward',
     {'probes': config.limits.probes},
-    f'{config.probes} of each, {len(images)} images of ResNet-20; the '
+    f'{config.probes} of each, {len(images)} images; the '
     'linearization of the batch is counted; compiled before',
   )
 
@@ -153,5 +154,5 @@ def _population(config, program, batch) -> dict[str, Any]:
     timing.interleaved(contestants, config.rounds.population),
     'sequential',
     {'measure': config.limits.population},
-    f'{config.plans} plans of ResNet-20, {len(images)} images; compiled before',
+    f'{config.plans} plans, {len(images)} images; compiled before',
   )

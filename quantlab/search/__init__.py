@@ -16,6 +16,7 @@ from quantlab.search.program import Program as Program
 from quantlab.search.sensitivity import METRICS as METRICS
 from quantlab.search.sensitivity import sensitivity as sensitivity
 from quantlab.search.space import Space as Space
+from quantlab.search.space import label as label
 from quantlab.search.space import space as space
 from quantlab.search.table import Row as Row
 from quantlab.search.table import Table as Table

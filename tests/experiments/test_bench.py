@@ -5,14 +5,17 @@ import importlib.util
 import json
 import math
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench
-from experiments.benchmarks import crossover, timing, trace
+import quantlab as ql
+from experiments import bench, variants
+from experiments.benchmarks import crossover, latency, timing, trace
+from quantlab import search
 from quantlab.models import transformer
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -234,3 +237,66 @@ def test_sizes_from_which_on_a_product_is_as_fast():
   assert crossover.largest([found, other]) == {'w8a8': {'1': 4096, '4': 256}}
   with pytest.raises(ValueError, match='w8a8 at 1 rows is slower'):
     crossover.table(cases | {'64x64/1': case(1.1)})
+
+
+def test_what_a_search_costs(tmp_path):
+  config = _config('search')
+  config.model = {'blocks': 1, 'widths': (4,)}
+  config.images = {'table': 2, 'probes': 2, 'population': 2}
+  config.widths, config.compiled, config.probes, config.plans = (2, 8), 1, 1, 2
+  config.rounds = {'table': 1, 'probes': 1, 'population': 1}
+  cases = bench.run(config, str(tmp_path))['cases']
+  assert set(cases) == {'table', 'probes', 'population'}
+  for case in cases.values():
+    _check_case(case)
+    assert case['limits']
+  # One of six entries was run, and stands for all of them.
+  assert 'of the loop 1 entries' in cases['table']['notes']
+  assert cases['table']['notes'].startswith('8 entries')
+
+
+def test_a_latency_table_is_of_every_product_of_a_search(monkeypatch, tmp_path):
+  params = {k: jnp.ones((8, 8)) for k in 'ab'} | {'c': jnp.ones((8, 16))}
+
+  def apply(p, x):
+    return jnp.tanh(jnp.tanh(x @ p['a']) @ p['b']) @ p['c']
+
+  work = types.SimpleNamespace(
+    apply=apply, params=params, example=(jnp.ones((3, 8)),)
+  )
+  monkeypatch.setattr(latency.spaces, 'workload', lambda config: work)
+  config = _config('latency')
+  both = {'input': {'format': 'int8', 'per': 'token'}}
+  config.search.choices = (
+    ('c', None),
+    ('', tuple({'weight': {'format': f'int{b}'}, **both} for b in (4, 8))),
+  )
+  config.rounds, config.copies = 2, 2
+  result = bench.run(config, str(tmp_path))
+  assert set(result['cases']) == {'8x8/3', '8x16/3'}
+  _check_case(result['cases']['8x8/3'])
+  table = ql.cost.LatencyTable.from_json(result['latency'])
+  assert len(table.seconds) == 3 + 1  # two of the same geometry, and float
+  config.search.latency = str(tmp_path / 'bench.json')
+  found = search.space(
+    apply,
+    params,
+    latency.spaces.choices(config.search),
+    *work.example,
+    costs=latency.spaces.costs(config.search),
+  )
+  assert [len(c) for c in found.costs['latency']] == [2, 2]
+  assert all((c > 0).all() for c in found.costs['latency'])
+  assert found.fixed['latency'] > 0
+  config.search.latency = str(tmp_path / 'metrics.json')
+  with pytest.raises(variants.ConfigError, match='holds no measured latencies'):
+    latency.spaces.costs(config.search)
+
+  def convolution(p, x):
+    return jax.lax.conv(x, p['k'], (1, 1), 'SAME')
+
+  work.apply, work.params = convolution, {'k': jnp.ones((2, 2, 3, 3))}
+  work.example = (jnp.ones((1, 2, 4, 4)),)
+  config.search.choices = (('', ({'weight': {'format': 'int8'}}, None)),)
+  with pytest.raises(variants.ConfigError, match='only products of a matrix'):
+    bench.run(config, str(tmp_path / 'conv'))

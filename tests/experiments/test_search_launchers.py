@@ -1,5 +1,6 @@
 """The launchers of sensitivity, search and refinement, on a small model."""
 
+import dataclasses
 import functools
 import json
 import types
@@ -27,7 +28,7 @@ from experiments import (
   tune,
   variants,
 )
-from quantlab import models
+from quantlab import models, runtime
 from quantlab.models import digits as networks
 from quantlab.search import Table
 
@@ -59,7 +60,13 @@ def small():
   config.kinds = (('all', 0),)
   config.interactions = ('hessian',)
   config.budgets = ('int2', 'int8')
-  config.allocations = (('kl', 'dp'), ('hessian', 'quadratic'), ('lrp', 'dp'))
+  config.around = ('kl',)
+  config.allocations = (
+    ('kl', 'dp'),
+    ('kl@', 'dp'),
+    ('hessian', 'quadratic'),
+    ('lrp', 'dp'),
+  )
   config.encoders = ('rtn',)
   return config
 
@@ -83,7 +90,7 @@ def test_plans_are_what_was_measured(folders):
   assert set(plans) == {
     f'{b}/{m}'
     for b in ('int2', 'int8')
-    for m in ('uniform', 'kl-dp', 'hessian-quadratic')
+    for m in ('uniform', 'kl-dp', 'kl@-dp', 'hessian-quadratic')
   }
   plan = ql.Plan.from_json(plans['int8/kl-dp'])
   model = ql.ptq(work.apply, work.params, plan, work.calibration)
@@ -101,6 +108,39 @@ def test_plans_are_what_was_measured(folders):
 def test_the_same_command_resumes(folders):
   folder, config, found, _ = folders
   assert search.run(config, folder / 'search') == found['search']
+
+
+def test_tables_around_a_budget_begin_at_its_option(folders):
+  folder, config, _, _ = folders
+  work = spaces.workload(config)
+  with runtime.Workdir(
+    folder / 'search', config.to_dict(), seed=config.seed
+  ) as at:
+    tables = allocated.tables(at, config, work)  # read, not measured
+  assert set(tables) == {'kl@int2', 'kl@int8'}
+  for option, table in ((o, tables[f'kl@{o}']) for o in ('int2', 'int8')):
+    assert table.facts['base'] == option
+    assert table.predict(table.uniform(option)) == 0
+
+
+def test_a_budget_of_another_cost(folders):
+  _, config, _, tables = folders
+  found = {k: Table.from_json(v) for k, v in json.loads(tables).items()}
+  rng = np.random.default_rng(0)
+  seconds = tuple(rng.random(len(r.options)) for r in found['kl'].rows)
+  found = {
+    k: dataclasses.replace(t, costs={**t.costs, 'latency': seconds})
+    for k, t in found.items()
+  }
+  config = config.copy_and_resolve_references()
+  config.cost = 'latency'
+  made = search.allocations(config, found)
+  for option in config.budgets:
+    limit = made[f'{option}/uniform'].costs['latency']
+    assert made[f'{option}/kl-dp'].costs['latency'] <= limit
+  config.cost = 'joules'
+  with pytest.raises(variants.ConfigError, match="unknown cost 'joules'"):
+    search.allocations(config, found)
 
 
 def test_encoders_on_the_float_stream():
