@@ -18,7 +18,14 @@ import numpy as np
 from absl import app, flags, logging
 
 import quantlab as ql
-from experiments import allocated, command_line, sensitivity, spaces, variants
+from experiments import (
+  allocated,
+  command_line,
+  decoupled,
+  sensitivity,
+  spaces,
+  variants,
+)
 from quantlab import report, runtime, search
 from quantlab.report import plots, search_plots
 
@@ -59,6 +66,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     tables = spaces.tables(folder, config, work)
     tables |= allocated.tables(folder, config, work)
     found = allocations(config, tables)
+    found |= decoupled.allocations(config, work, tables)
     for name, made in found.items():
       if name not in folder.read_json('plan.json', {}):
         plan = ql.plan(work.apply, work.params, made, *work.example)

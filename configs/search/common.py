@@ -80,6 +80,8 @@ def base(model: str) -> ml_collections.ConfigDict:
     ('output_mse', 'random'),
   )
   config.draws = 3  # of 'random'
+  # Two pairs of (pattern, metric): groups of sites that share each budget.
+  config.groups = ()
   config.encoders = ('rtn', 'gptq')
   config.seeds = 5  # of calibration sets, where an encoder reads them
   config.show = ('accuracy', 'cross_entropy', 'kl_mean')

@@ -12,7 +12,9 @@ from quantlab.search.allocate import Allocation
 from quantlab.search.table import Table, check_name
 
 Choice = tuple[int, ...]
-RATIOS = tuple(np.linspace(0.46, 1.36, 10))  # of the paper, for weights
+RATIOS = tuple(
+  np.linspace(0.46, 1.36, 10).tolist()
+)  # of the paper, for weights
 
 
 def decoupled(
@@ -40,15 +42,15 @@ def decoupled(
     measure: of a choice for all rows, those of the first group first; small
       is good, NaN never chosen.
     ratios: what the mean cost in the first group, over that in the second, is
-      multiplied by.
+      multiplied by; 1 is always among them.
     cost: what is divided.
 
   Returns:
     The choice of least measured value, in a table of both groups.
 
   Raises:
-    ValueError: not two groups, a row in both; no ratio that both groups can
-      meet, or none that measures as a number.
+    ValueError: not two groups, a row in both; nothing that measures as a
+      number.
   """
   whole = joined(groups)
   for table in groups:
@@ -56,7 +58,7 @@ def decoupled(
   base = [t.cost(c, cost) for t, c in zip(groups, start, strict=True)]
   fronts = [knapsack.front(t.values, t.costs[cost]) for t in groups]
   found: dict[Choice, float] = {}
-  for ratio in ratios:
+  for ratio in (1.0, *ratios):
     share = sum(base) / (ratio * base[0] + base[1])
     limits = (ratio * share * base[0], share * base[1])
     if any(f.cost[0] > b for f, b in zip(fronts, limits, strict=True)):
@@ -67,8 +69,7 @@ def decoupled(
   good = {c: v for c, v in found.items() if not np.isnan(v)}
   if not good:
     raise ValueError(
-      f'none of the ratios {list(ratios)} gives a choice: {len(found)} of them '
-      f'could be met within {sum(base):,g} {cost}, and none of those measured '
+      f'none of the {len(found)} choices within {sum(base):,g} {cost} measured '
       'as a number'
     )
   best = min(good, key=good.__getitem__)

@@ -68,6 +68,7 @@ def small():
     ('lrp', 'dp'),
   )
   config.encoders = ('rtn',)
+  config.groups = (('conv_0', 'kl'), ('conv_[12]', 'hessian'))
   return config
 
 
@@ -90,7 +91,7 @@ def test_plans_are_what_was_measured(folders):
   assert set(plans) == {
     f'{b}/{m}'
     for b in ('int2', 'int8')
-    for m in ('uniform', 'kl-dp', 'kl@-dp', 'hessian-quadratic')
+    for m in ('uniform', 'kl-dp', 'kl@-dp', 'hessian-quadratic', 'decoupled')
   }
   plan = ql.Plan.from_json(plans['int8/kl-dp'])
   model = ql.ptq(work.apply, work.params, plan, work.calibration)

@@ -1,0 +1,62 @@
+"""Allocations whose sites are scored by two metrics (MixDQ)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments import spaces, variants
+from quantlab import models, search
+from quantlab.search import objectives
+
+
+def allocations(
+  config: Any, work: models.Workload, tables: Mapping[str, search.Table]
+) -> dict[str, search.Allocation]:
+  """One for each budget; nothing where the config names no groups.
+
+  Args:
+    config: `groups` are two pairs (pattern of rows, metric of a table).
+    work: the model; how a budget is divided is decided by the loss (or its
+      stand-in, see `objectives.default`) on the batches of the tables.
+    tables: by metric.
+
+  Raises:
+    ConfigError: an unknown metric, or groups that are not all rows.
+  """
+  if not config.groups:
+    return {}
+  for _, metric in config.groups:
+    variants.check_name('metric', metric, tuple(tables))
+  groups = [tables[m].floored().select(p) for p, m in config.groups]
+  whole = tables[config.groups[0][1]]
+  names = [r.name for table in groups for r in table.rows]
+  left = [r.name for r in whole.rows if r.name not in names]
+  if left:
+    raise variants.ConfigError(
+      f'groups={config.groups!r} leave out {left[:3]}; between them they must '
+      'find every row'
+    )
+  order = [names.index(r.name) for r in whole.rows]
+  objective = objectives.default(work.metric)
+  program = search.Program(
+    work.apply, work.params, spaces.space(config, work), work.calibration
+  )
+  measured = search.Measure(
+    program, spaces.measured_on(config, work), work.metric, [objective]
+  )
+
+  def in_order(choice):
+    return tuple(choice[i] for i in order)
+
+  def measure(choice):
+    [(value, _)] = measured([program.choice(in_order(choice))])[objective]
+    return value
+
+  found = {}
+  for option in config.budgets:
+    start = [table.uniform(option) for table in groups]
+    made = search.decoupled(groups, start, measure, cost=config.cost)
+    budget = {config.cost: whole.cost(whole.uniform(option), config.cost)}
+    found[f'{option}/decoupled'] = search.Allocation(
+      whole, in_order(made.choice), 'decoupled', budget
+    )
+  return found
