@@ -5,9 +5,8 @@ r"""Mixed precision of MiniLM: weights of 2 to 8 bits in groups of 64.
   QUANTLAB_DATA=... python -m experiments.search \
     --config=configs/search/minilm.py --workdir=runs/search_minilm
 
-Tables on 100 pairs of sentences (derivatives on 10; one number a pair is too
-little to choose 36 formats by fewer), choices judged on 100 others; pairs are
-ordered by length, these are short ones.
+Tables on 25 pairs of sentences (derivatives on 10), choices judged on 75
+others; pairs are ordered by length, these are short ones.
 """
 
 from configs.search import common
@@ -17,13 +16,12 @@ def get_config():
   config = common.base('minilm')
   config.calibration = 256
   config.batch_size = 25
-  config.batches = 4
+  config.batches = 1
   config.curved = 10
-  config.judged = 8
+  config.judged = 4
   config.choices = (('/embed/', None), ('/kernel$', common.options(group=64)))
   config.iterations = 4
   config.budgets = ('int3(group=64)', 'int4(group=64)')
   config.seeds = 3
-  config.around = ()
   config.show = ('spearman', 'similarity_error')
   return config
