@@ -78,19 +78,25 @@ def _check(site: Site, count: int) -> None:
       f'per_layer has {count} rules for site {site.id!r}, which is in a scan '
       f'over {site.loops[0]} layers: give one for each'
     )
-  why = ''
-  if not site.loops:
-    why = 'is in no scan over layers'
-  elif len(site.loops) > 1:
-    why = f'is in nested scans over {site.loops} layers'
-  elif site.side is not None and site.weight_loops != site.loops:
-    why = 'has one weight for all turns of its scan'
-  if why:
+  if why := whole(site):
     raise ValueError(
-      f'per_layer is for a site whose layers are stacked in one scan, and '
+      'per_layer is for a site whose layers are stacked in one scan, and '
       f'{site.id!r} {why}: give it one rule, before the pattern that matches '
       'it here'
     )
+
+
+def whole(site: Site) -> str | None:
+  """Why the layers of a site cannot have rules of their own, or None."""
+  if not site.loops:
+    return 'is in no scan over layers'
+  if len(site.loops) > 1:
+    return f'is in nested scans over {site.loops} layers'
+  if site.side is not None and site.weight_loops != site.loops:
+    return 'has one weight for all turns of its scan'
+  if site.view is not None and not _stacked_first(site):
+    return f'has its layers along axis {site.view.loops[0]} of {site.path!r}'
+  return None
 
 
 def _plain(recipe: Recipe) -> Recipe:
@@ -143,15 +149,10 @@ def _scans(traced, rules, cut) -> tuple[segments.Scan, ...]:
     for path in s.paths
   }
   for site in sites:
-    if isinstance(rules.get(site.id), PerLayer) and _moved(site):
+    both = held & set(site.paths)
+    if both and not (site.id in inside and _stacked_first(site)):
       raise ValueError(
-        f'per_layer needs the layers of {site.path!r} along its first axis, '
-        f'they are along {site.view.loops[0]}: stack them there'
-      )
-    whole = held & set(site.paths)
-    if whole and not (site.id in inside and _stacked_first(site)):
-      raise ValueError(
-        f'the layers of {sorted(whole)} have formats of their own in a scan, '
+        f'the layers of {sorted(both)} have formats of their own in a scan, '
         f'but {site.id!r} reads them outside of it: give them one format'
       )
   found = []
@@ -171,10 +172,6 @@ def _has_weight(rule: Any) -> bool:
 def _stacked_first(site: Site) -> bool:
   """Whether a scan goes over the first axis of what the weight is made of."""
   return site.view is not None and site.view.loops[:1] == (0,)
-
-
-def _moved(site: Site) -> bool:
-  return site.view is not None and not _stacked_first(site)
 
 
 def _scan_of(site: Site, cut: Mapping[Address, Any]) -> Address | None:

@@ -194,9 +194,7 @@ class Recipe:
   strict: bool = True
 
   @classmethod
-  def of_sites(
-    cls, rules: Mapping[str, Any], strict: bool = True
-  ) -> Recipe:
+  def of_sites(cls, rules: Mapping[str, Any], strict: bool = True) -> Recipe:
     """A rule for each site, by its id."""
     entries = (
       (f'site:^{re.escape(site)}$', rule, False) for site, rule in rules.items()

@@ -146,6 +146,15 @@ def split(params: Any, scans: Sequence[Scan]) -> Any:
   return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
 
 
+def joined(params: Any) -> Any:
+  """The tree with its stacks whole again; undoes `split`, on dense parts."""
+  return jax.tree.map(
+    lambda x: x.dequantize() if is_segments(x) else x,
+    params,
+    is_leaf=is_segments,
+  )
+
+
 def layer_scan(analysis: Analysis, address: Address) -> Address:
   """The scan over layers that an equation lies in."""
   return next(a for a in analysis.layer_scans if address[: len(a)] == a)
