@@ -74,6 +74,7 @@ from quantlab.qat import with_adapters as with_adapters
 from quantlab.quality import compare as compare
 from quantlab.quality import evaluate as evaluate
 from quantlab.recipe import optional as optional
+from quantlab.recipe import per_layer as per_layer
 from quantlab.recipe import recipe as recipe
 from quantlab.recipe import rule as rule
 from quantlab.rewrites import fake_quantized as fake_quantized

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from quantlab import core, ops, summary
 from quantlab.core import Layout, QParams, QTensor, Quantizer
-from quantlab.graph import _jaxpr
+from quantlab.graph import _jaxpr, segments
 from quantlab.graph import sites as sites_lib
-from quantlab.recipe import Recipe, Rule
+from quantlab.recipe import Recipe, Rule, by_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +154,8 @@ class Plan:
     parameters: (bytes, elements) of every parameter, by path.
     notes: what a reader should know.
     strict: False dequantizes codes where an operation has no rule for them.
+    scans: those whose layers have rules of their own: sites and leaves are
+      those of the program in segments, see `graph.segments`.
   """
 
   sites: dict[str, SitePlan]
@@ -166,6 +168,7 @@ class Plan:
   )
   notes: tuple[str, ...] = ()
   strict: bool = True
+  scans: tuple[segments.Scan, ...] = ()
 
   @property
   def quantized(self) -> dict[str, SitePlan]:
@@ -175,8 +178,25 @@ class Plan:
   @property
   def recipe(self) -> Recipe:
     """A rule for each site, by its id: `ql.ptq` takes a plan as it is."""
-    rules = {k: s.rule for k, s in self.sites.items()}
-    return Recipe.of_sites(rules, self.strict)
+    return self.keep_float(())
+
+  def inside(self, apply: Callable) -> tuple[Callable, Plan]:
+    """The program in segments, of parameters that `split` gave, and its plan.
+
+    As they are where no scan has rules by layer.
+    """
+    if not self.scans:
+      return apply, self
+    inner = segments.segmented(apply, self.scans)
+    return inner, dataclasses.replace(self, scans=())
+
+  def split(self, params: Any) -> Any:
+    """Parameters or variables with their stacks in parts, if there are any."""
+    if not self.scans:
+      return params
+    if is_variables(params):
+      return {**params, 'weights': self.split(params['weights'])}
+    return segments.split(params, self.scans)
 
   @property
   def slower(self) -> dict[str, str]:
@@ -192,8 +212,21 @@ class Plan:
     named = set(sites)
     if unknown := sorted(named - set(self.sites)):
       raise ValueError(f'unknown sites {unknown}; known: {list(self.sites)}')
-    rules = {k: None if k in named else s.rule for k, s in self.sites.items()}
-    return Recipe.of_sites(rules, self.strict)
+    rules: dict[str, Any] = {
+      k: None if k in named else s.rule for k, s in self.sites.items()
+    }
+    parts = {n for scan in self.scans for v in scan.sites.values() for n in v}
+    found = {k: v for k, v in rules.items() if k not in parts}
+    for scan in self.scans:
+      for site, names in scan.sites.items():
+        found[site] = by_layer(
+          [
+            rules[name]
+            for name, n in zip(names, scan.lengths, strict=True)
+            for _ in range(n)
+          ]
+        )
+    return Recipe.of_sites(found, self.strict)
 
   @property
   def folded(self) -> frozenset[str]:
@@ -310,6 +343,7 @@ class Plan:
       'parameters': {k: list(v) for k, v in self.parameters.items()},
       'notes': list(self.notes),
       'strict': self.strict,
+      **({'scans': [s.to_json() for s in self.scans]} if self.scans else {}),
     }
 
   @classmethod
@@ -324,6 +358,7 @@ class Plan:
       parameters={k: _tuples(v) for k, v in data['parameters'].items()},
       notes=tuple(data['notes']),
       strict=data['strict'],
+      scans=tuple(map(segments.Scan.from_json, data.get('scans', ()))),
     )
 
   def check_known(self, analysis: sites_lib.Analysis) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantlab import handlers, ops, rewrites
+from quantlab import handlers, layering, ops, rewrites
 from quantlab.core import Layout, Quantizer
 from quantlab.graph import rewrite, roles, tracing
 from quantlab.graph import sites as sites_lib
@@ -47,9 +47,9 @@ def plan(
       take its quantizer, one stored parameter would need two formats.
     TypeError: a parameter that is not floating point, or is codes already.
   """
-  tracer = tracing.Tracer(apply)
-  traced, leaves, inputs = tracer(params, args, kwargs)
-  return make(traced, leaves, inputs, as_recipe(recipe))
+  call = layering.resolve(apply, params, as_recipe(recipe), args, kwargs)
+  made = make(call.traced, call.leaves, call.inputs, call.recipe)
+  return dataclasses.replace(made, scans=call.scans)
 
 
 def make(

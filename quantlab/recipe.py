@@ -59,10 +59,44 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class PerLayer:
+  """Rules of one site in a scan over layers, one for each layer."""
+
+  rules: tuple[Rule | None, ...]
+
+  @property
+  def uniform(self) -> bool:
+    """Whether all layers have one rule."""
+    return len(set(self.rules)) == 1
+
+  def to_json(self) -> dict[str, Any]:
+    return {'layers': [r and r.to_json() for r in self.rules]}
+
+
+Entry = Rule | PerLayer | None
+
+
+def by_layer(rules: Sequence[Rule | None]) -> Entry:
+  """The plain rule where all layers have one."""
+  found = PerLayer(tuple(rules))
+  return found.rules[0] if found.uniform else found
+
+
+def from_json(data: Mapping[str, Any] | None) -> Entry:
+  """Undoes `to_json` of what a recipe holds."""
+  if data is None:
+    return None
+  if 'layers' in data:
+    found = (r and Rule.from_json(r) for r in data['layers'])
+    return PerLayer(tuple(found))
+  return Rule.from_json(data)
+
+
+@dataclasses.dataclass(frozen=True)
 class Optional:
   """A rule whose pattern may match nothing."""
 
-  rule: Rule | None
+  rule: Entry
 
 
 def rule(
@@ -103,20 +137,47 @@ def _flag(name: str, value: Any) -> bool:
   return value
 
 
-def optional(value: Rule | Quantizer | None) -> Optional:
+def optional(value: Entry | Quantizer) -> Optional:
   """Marks a rule as one that may match nothing without being an error."""
-  return Optional(_as_rule(value, 'optional'))
+  return Optional(_as_entry(value, "'optional'"))
 
 
-def _as_rule(value: Any, pattern: str) -> Rule | None:
+def per_layer(rules: Sequence[Rule | Quantizer | None]) -> PerLayer:
+  """Rules of a site in a scan over layers: the first layer's first.
+
+  A layer's rule is what a site's rule may be. A stack of one format cannot
+  hold several: the scan is run as one after another over layers that agree,
+  and each of them has a stack of its own (`ql.plan(...).summary()` shows
+  them). Layers that all agree are one stack, as by the plain rule.
+
+  Raises:
+    TypeError: no sequence of quantizers, `ql.rule(...)` and None.
+    ValueError: it is empty.
+  """
+  if not isinstance(rules, list | tuple):
+    raise TypeError(
+      f'per_layer takes a list with a rule for each layer, got {rules!r}'
+    )
+  if not rules:
+    raise ValueError('per_layer needs a rule for each layer, got none')
+  return PerLayer(
+    tuple(_as_rule(r, f'layer {i} in per_layer') for i, r in enumerate(rules))
+  )
+
+
+def _as_rule(value: Any, where: str) -> Rule | None:
   if value is None or isinstance(value, Rule):
     return value
   if isinstance(value, Quantizer):
     return Rule(weight=value)
   raise TypeError(
-    f'the rule for {pattern!r} must be a quantizer, ql.rule(...) or None, got '
+    f'the rule for {where} must be a quantizer, ql.rule(...) or None, got '
     f'{value!r}'
   )
+
+
+def _as_entry(value: Any, where: str) -> Entry:
+  return value if isinstance(value, PerLayer) else _as_rule(value, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,32 +185,30 @@ class Recipe:
   """Ordered (pattern, rule, optional) triples; made by `recipe`.
 
   Attributes:
-    entries: the triples.
+    entries: the triples; the rule may be `PerLayer`.
     strict: False dequantizes a quantized parameter where an operation has no
       rule for codes, and notes it; True refuses such a plan.
   """
 
-  entries: tuple[tuple[str, Rule | None, bool], ...]
+  entries: tuple[tuple[str, Entry, bool], ...]
   strict: bool = True
 
   @classmethod
-  def of_sites(
-    cls, rules: Mapping[str, Rule | None], strict: bool = True
-  ) -> Recipe:
+  def of_sites(cls, rules: Mapping[str, Any], strict: bool = True) -> Recipe:
     """A rule for each site, by its id."""
     entries = (
       (f'site:^{re.escape(site)}$', rule, False) for site, rule in rules.items()
     )
     return cls(tuple(entries), strict)
 
-  def resolve(self, sites: Sequence[Site]) -> dict[str, Rule | None]:
+  def resolve(self, sites: Sequence[Site]) -> dict[str, Any]:
     """The rule of every site that a pattern matches.
 
     Raises:
       ValueError: nothing matches, a pattern decides nothing, or two
         parameters joined into one weight have different rules.
     """
-    decided: dict[str, Rule | None] = {}
+    decided: dict[str, Entry] = {}
     used: set[str] = set()
     for site in sites:
       hits = [self._first(site, path) for path in _subjects(site)]
@@ -196,6 +255,17 @@ class Recipe:
       for p, r, o in self.entries
     ]
 
+  @classmethod
+  def from_json(
+    cls, data: Sequence[Mapping[str, Any]], strict: bool = True
+  ) -> Recipe:
+    """Undoes `to_json`."""
+    entries = (
+      (e['pattern'], from_json(e['rule']), e.get('optional', False))
+      for e in data
+    )
+    return cls(tuple(entries), strict)
+
 
 def _subjects(site: Site) -> tuple[str | None, ...]:
   """Paths a site is matched by: all joined leaves, or the leading one."""
@@ -225,7 +295,8 @@ def recipe(rules: Any, *, strict: bool | None = None) -> Recipe:
   """An ordered recipe from `{pattern: quantizer | rule | None}`.
 
   Args:
-    rules: first match wins; see the module. A plan or an allocation gives
+    rules: first match wins; see the module. `per_layer` gives the layers of a
+      scan rules of their own. A plan or an allocation gives
       every site what it says.
     strict: see `Recipe`; True, or as the given recipe has it.
 
@@ -256,6 +327,6 @@ def recipe(rules: Any, *, strict: bool | None = None) -> Recipe:
       ) from error
     inner = value.rule if isinstance(value, Optional) else value
     entries.append(
-      (pattern, _as_rule(inner, pattern), isinstance(value, Optional))
+      (pattern, _as_entry(inner, repr(pattern)), isinstance(value, Optional))
     )
   return Recipe(tuple(entries), strict is not False)

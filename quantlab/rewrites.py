@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from quantlab import handlers
 from quantlab.core import QTensor
 from quantlab.graph import known, rewrite, tracing
+from quantlab.graph.segments import is_segments
 from quantlab.graph.sites import NOTHING
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan
@@ -51,13 +52,22 @@ class _Rewrite:
         'the plan is what ql.plan(...) returns, or the plan of a model, got '
         f'{type(plan).__name__}'
       )
-    self.tracer = tracing.Tracer(apply, plan.captured if plan else None)
+    self.given = plan
+    inner, plan = (apply, None) if plan is None else plan.inside(apply)
+    self.tracer = tracing.Tracer(inner, plan.captured if plan else None)
     self.plan = plan
     self.evaluate = evaluate
     self.name = getattr(apply, '__name__', 'apply')
 
   def __call__(self, variables, args, kwargs):
     weights, state = _split(variables)
+    if self.given is not None:
+      weights = self.given.split(weights)
+    elif any(map(is_segments, jax.tree.leaves(weights, is_leaf=is_segments))):
+      raise TypeError(
+        'these parameters hold layers of several formats: pass the plan of '
+        'their model too'
+      )
     traced, leaves, inputs = self.tracer(weights, args, kwargs)
     if self.plan is not None:
       self.plan.check_state(state)

@@ -69,12 +69,12 @@ def site_sqnr(
   observer = _Products(plan.quantized)
   plain = rewrites.observe(apply, observer, plan, quantize=False)
   coded = rewrites.observe(apply, observer, plan)
-  tracer = tracing.Tracer(apply, plan.captured)
+  tracer = tracing.Tracer(plan.inside(apply)[0], plan.captured)
 
   @jax.jit
   def powers(params, variables, args):
     weights = params['weights'] if rewrites.is_variables(params) else params
-    traced, _, _ = tracer(weights, args, {})
+    traced, _, _ = tracer(plan.split(weights), args, {})
     sites = {s.id: s for s in traced.analysis.sites}
     _, float_stats = plain(params, *args)
     _, quant_stats = coded(variables, *args)

@@ -10,6 +10,7 @@ them. The structure is nested nodes, plain JSON with a `kind`:
   array                  name, and whether its type is weak (a Python number's)
   key                    name of the key data, implementation: a typed PRNG key
   qtensor                children by name, static fields
+  segments               items [node, ...], lengths: a stack of layers in parts
   dropped                shape and dtype of a parameter folded into another
   bool, int, float,      value (a complex number as its two parts)
     complex, str
@@ -34,6 +35,8 @@ import numpy as np
 from quantlab.core import Layout, QTensor, Quantizer
 from quantlab.core import qtensor as qtensor_lib
 from quantlab.core.tree import path_str
+from quantlab.graph.segments import Segments, is_segments
+from quantlab.graph.segments import names as segment_names
 from quantlab.graph.tracing import is_stored
 from quantlab.graph.values import Dropped
 
@@ -83,6 +86,10 @@ def _describe(x: Any, path: Path, arrays: dict[str, Any]) -> Node:
     return {'kind': kind.__name__, 'value': x}
   if isinstance(x, QTensor):
     return _describe_qtensor(x, path, arrays)
+  if isinstance(x, Segments):
+    named = zip(segment_names(x.lengths), x.parts, strict=True)
+    items = [node for _, node in _items(named, path, arrays)]
+    return {'kind': 'segments', 'lengths': list(x.lengths), 'items': items}
   if isinstance(x, Dropped):
     return {'kind': 'dropped', 'shape': list(x.shape), 'dtype': x.dtype_name}
   if isinstance(x, jax.Array | np.ndarray | np.generic):
@@ -239,6 +246,9 @@ def _leaf(node: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
       return _weak(arrays[name]) if node.get('weak') else arrays[name]
     case {'kind': 'key', 'name': name, 'impl': impl}:
       return jax.random.wrap_key_data(jnp.asarray(arrays[name]), impl=impl)
+    case {'kind': 'segments', 'items': items, 'lengths': lengths}:
+      parts = tuple(_leaf(part, arrays) for part in items)
+      return Segments(parts, tuple(lengths))
     case {'kind': 'qtensor', 'children': children}:
       return _qtensor(node, {k: _leaf(v, arrays) for k, v in children.items()})
     case {'kind': 'dropped', 'shape': shape, 'dtype': dtype}:
@@ -278,7 +288,9 @@ def _weak(x: Any) -> Any:
 def _fill(node: Node, arrays: Mapping[str, Any], like: Any) -> Any:
   """`like` with its leaves replaced by those of the node, path by path."""
   found = dict(_leaves(node, ()))
-  flat, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_stored)
+  flat, treedef = jax.tree_util.tree_flatten_with_path(
+    like, is_leaf=lambda x: is_stored(x) or is_segments(x)
+  )
   wanted = {_parts(path): leaf for path, leaf in flat}
   if found.keys() != wanted.keys():
     missing = sorted(_name(p) for p in found.keys() - wanted.keys())
@@ -308,6 +320,8 @@ def _leaves(node: Node, path: Path) -> Iterator[tuple[Path, Any]]:
     case {'kind': 'list' | 'tuple', 'items': items}:
       for i, child in enumerate(items):
         yield from _leaves(child, (*path, str(i)))
+    case {'kind': 'segments'}:
+      yield path, node
     case {'items': items}:
       for k, child in items:
         yield from _leaves(child, (*path, str(k)))

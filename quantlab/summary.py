@@ -12,6 +12,7 @@ import rich.table
 
 import quantlab_kernels as kernels
 from quantlab.core import tree as tree_lib
+from quantlab.graph.segments import names as segment_names
 
 if TYPE_CHECKING:
   from quantlab.plan import Plan, SitePlan, Storage
@@ -168,6 +169,11 @@ def text(plan: Plan, params: Any = None) -> str:
       'too small to be faster than float here: '
       + ', '.join(faster)
       + ' (`plan.keep_float(plan.slower)` is the recipe that leaves them)'
+    )
+  for scan in plan.scans:
+    lines.append(
+      'a scan in segments, one for each run of layers of one format: '
+      + ', '.join(segment_names(scan.lengths))
     )
   if plan.dropped:
     lines.append(

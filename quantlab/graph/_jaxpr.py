@@ -421,13 +421,23 @@ def constrain(eqn: Any, which: str, values: Sequence[Any]) -> list[Any]:
   return out
 
 
-def scan(eqn: Any, body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-  """Rebuilds a scan around `body(carry, xs) -> (carry, ys)`."""
+def scan(
+  eqn: Any, body: Callable, carry: Any, xs: Any, length: int | None = None
+) -> tuple[Any, Any]:
+  """Rebuilds a scan around `body(carry, xs) -> (carry, ys)`.
+
+  Args:
+    eqn: the scan.
+    body: its new body.
+    carry: what it starts with.
+    xs: what it goes over.
+    length: of xs, where it is shorter than the scan.
+  """
   p = eqn.params
+  n = p['length'] if length is None else length
+  unroll = max(1, min(p['unroll'], n))
   with eqn_context(eqn):
-    return lax.scan(
-      body, carry, xs, p['length'], reverse=p['reverse'], unroll=p['unroll']
-    )
+    return lax.scan(body, carry, xs, n, reverse=p['reverse'], unroll=unroll)
 
 
 def cond(eqn: Any, index: Any, branches: Sequence[Callable], args: Any) -> Any:

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from quantlab import rewrites
+from quantlab import layering, rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
-from quantlab.graph import tracing
 from quantlab.plan import Plan
 from quantlab.planner import make as make_plan
 from quantlab.ptq import walk
@@ -84,18 +83,22 @@ def ptq(
   members = chain(transform)
   _check_key(key)
   args = batches_lib.first(batches)
-  traced, leaves, inputs = tracing.Tracer(apply)(params, args, {})
-  made = make_plan(traced, leaves, inputs, as_recipe(recipe))
-  _check_params(made, traced.paths, leaves)
+  call = layering.resolve(apply, params, as_recipe(recipe), args, {})
+  made = make_plan(call.traced, call.leaves, call.inputs, call.recipe)
+  _check_params(made, call.traced.paths, call.leaves)
   _refuse_keyless(made, key)
   context = Context(
-    apply, traced, made, params, batches, {}, key=key, loss=loss
+    *(call.apply, call.traced, made, call.params, batches, {}),
+    key=key,
+    loss=loss,
   )
   transforms = [m for m in members if isinstance(m, Transform)]
   for member in transforms:
     if member.phase == 'prepare':
       context = member.run(context)
-  state = ranges.calibrate(apply, context.params, made, batches, context.state)
+  state = ranges.calibrate(
+    call.apply, context.params, made, batches, context.state
+  )
   context = dataclasses.replace(context, state=_merged(context.state, state))
   encoder = next((m for m in members if isinstance(m, Encoder)), rtn())
   tuners = [m for m in members if isinstance(m, Tuner)]
@@ -111,6 +114,7 @@ def ptq(
       context = member.run(context)
   names = [m.name for m in members] or [encoder.name]
   report = context.noted(transform=names).report
+  made = dataclasses.replace(made, scans=call.scans)
   return Quantized(
     rewrites.quantized(apply, made), context.variables, made, report
   )

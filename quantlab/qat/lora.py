@@ -24,6 +24,7 @@ from jaxtyping import Array
 from quantlab import rewrites
 from quantlab.core import QTensor, presets
 from quantlab.core.tree import is_qtensor, path_str
+from quantlab.graph import segments
 from quantlab.plan import Plan, SitePlan
 from quantlab.ptq.model import Quantized
 from quantlab.qat import low_bit
@@ -144,7 +145,7 @@ def lora(
   def merge(variables: Mapping[str, Any], *, requantize: bool = False) -> Any:
     whole = _merged(plan, sites, freeze(variables).params, requantize)
     if not requantize:
-      return thawed(whole)
+      return segments.joined(thawed(whole))
     report = {'transform': ['lora', 'merge']}
     return Quantized(rewrites.quantized(apply, plan), whole, plan, report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -26,7 +27,8 @@ class QAT(NamedTuple):
 
   The variables are `{'weights': float parameters in the user's structure,
   'sites': {site id: {role: leaves}}}`; `plan.labels(variables)` says which
-  leaves are weights, learned steps or state. All functions are pure.
+  leaves are weights, learned steps or state. Stacks whose layers have rules of
+  their own are in parts. All functions are pure.
 
   Attributes:
     init: `(params, batches=None, *, start=None) -> variables`.
@@ -105,13 +107,16 @@ def qat(
       count = math.prod(shape[1:])
     return found.simulate(x, quantizer, fixed, axis, count)
 
-  tracer = start_lib.Tracing(apply, plan)
+  tracer = start_lib.Tracing(*plan.inside(apply))
 
   def init(params, batches: Iterable[Any] | None = None, *, start=None):
+    params = plan.split(params)
     return start_lib.start(tracer, by_role, params, batches, start)
 
   def freeze(variables, *args, **kwargs):
-    return freeze_lib.freeze(tracer, by_role, variables, args, kwargs)
+    found = freeze_lib.freeze(tracer, by_role, variables, args, kwargs)
+    run = rewrites.quantized(apply, plan)
+    return dataclasses.replace(found, apply=run, plan=plan)
 
   run = rewrites.fake_quantized(apply, plan, simulate)
   return QAT(init, run, freeze)

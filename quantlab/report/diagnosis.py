@@ -95,12 +95,12 @@ def look(
   layers = {k: _worst_layer(noise[k]['output']) for k in names}
   plain = rewrites.observe(apply, _Operands(layers), model.plan, quantize=False)
   coded = rewrites.observe(apply, _Operands(layers, model.plan), model.plan)
-  tracer = tracing.Tracer(apply, model.plan.captured)
+  tracer = tracing.Tracer(model.plan.inside(apply)[0], model.plan.captured)
   args = batch if isinstance(batch, tuple) else (batch,)
 
   @jax.jit
   def reduced(params, prepared, variables, args):
-    found = _sites(tracer, params, args)
+    found = _sites(tracer, model.plan.split(params), args)
     before = plain({'weights': params, 'sites': {}}, *args)[1]
     after = before if prepared is None else plain(prepared, *args)[1]
     last = coded(variables, *args)[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlab.recipe import Recipe, Rule
+from quantlab.recipe import Entry, Recipe, by_layer
 from quantlab.search import baselines, knapsack, milp, quadratic
 from quantlab.search.table import Table, check_name
 
@@ -48,7 +48,7 @@ class Allocation:
     return self.table.labels(self.choice)
 
   @property
-  def rules(self) -> dict[str, Rule | None]:
+  def rules(self) -> dict[str, Entry]:
     """The rule of each site, by id: chosen, or as it is kept."""
     if not all(r.rules for r in self.table.rows):
       raise ValueError(
@@ -60,7 +60,19 @@ class Allocation:
       for row, k in zip(self.table.rows, self.choice, strict=True)
       for site in row.sites
     }
-    return {**self.table.kept, **chosen}
+    found: dict[str, Entry] = {**self.table.kept, **chosen}
+    for site, names in self.table.layers.items():
+      layers = [n for n in names if n in chosen]
+      if layers and len(layers) < len(names):
+        missing = [n for n in names if n not in chosen]
+        raise ValueError(
+          f'the table decides some layers of {site!r} and lacks {missing}'
+        )
+      if layers:
+        found[site] = by_layer([chosen[n] for n in layers])
+      for name in layers:
+        del found[name]
+    return found
 
   @property
   def recipe(self) -> Recipe:

@@ -42,7 +42,7 @@ def trace(
   """
   program = expansion.program
   hutchinson = Probes(expansion)
-  searched = expansion.searched
+  units = units_of(expansion)
   found: list[list[np.ndarray]] = []
   norms: dict[Operand, np.ndarray] = {}
   sizes: dict[Operand, float] = {}
@@ -53,23 +53,32 @@ def trace(
     keys = jax.random.split(jax.random.fold_in(key, i), probes)
     prepared = hutchinson.linearized(program.params, inputs, targets)
     rows = [hutchinson.products(prepared, k) for k in keys]
-    found.append([np.array([float(r[o]) for o in searched]) for r in rows])
+    found.append(
+      [
+        np.concatenate([np.ravel(r[o]) for o in expansion.searched])
+        for r in rows
+      ]
+    )
     b = np.shape(jax.tree.leaves(inputs)[0])[0]
     for o, x in jax.device_get(squared(program.params, inputs)).items():
       share = 1 if kind(o[1]) == 'weight' else 1 / b
-      x = np.asarray(x, float).reshape(-1, x.shape[-1]).sum(0)[:-1]
-      norms[o] = norms.get(o, 0) + x * share * b
+      names = program.space.names(o[0])
+      x = np.asarray(x, float).reshape(len(names), -1, x.shape[-1]).sum(1)
+      for name, each in zip(names, x[:, :-1] * share * b, strict=True):
+        norms[name, o[1]] = norms.get((name, o[1]), 0) + each
     if not sizes:
       for o, shape in hutchinson.offsets.shapes(inputs).items():
         share = 1 if kind(o[1]) == 'weight' else b
-        sizes[o] = math.prod(shape) / share
+        names = program.space.names(o[0])
+        size = math.prod(shape) / share / len(names)
+        sizes |= {(name, o[1]): size for name in names}
     examples += b
-  samples = np.array(found)  # batches, probes, operands
+  samples = np.array(found)  # batches, probes, units
   mean, spread = _two_level(samples)
   facts = {
     'traces': {
       '/'.join(o): {'value': mean[j], 'stderr': spread[j], 'n': sizes[o]}
-      for j, o in enumerate(searched)
+      for j, o in enumerate(units)
     }
   }
   entries = []
@@ -78,12 +87,18 @@ def trace(
     weight = np.array(
       [
         norms[o][option] / examples / sizes[o] if o[0] in sites else 0.0
-        for o in searched
+        for o in units
       ]
     )
     value, error = _two_level((samples @ weight)[..., None])
     entries.append((float(value[0]), float(error[0])))
   return entries, facts
+
+
+def units_of(expansion: Expansion) -> list[Operand]:
+  """Operands by what rows call their site: layer by layer where they do."""
+  names = expansion.program.space.names
+  return [(n, role) for site, role in expansion.searched for n in names(site)]
 
 
 def program_flat(program: Program) -> list[tuple[int, int]]:
@@ -136,7 +151,11 @@ class Probes:
       o: jax.random.rademacher(jax.random.fold_in(key, j), x.shape, x.dtype)
       for j, (o, x) in enumerate(zero.items())
     }
-    return {o: jnp.vdot(v[o], x) for o, x in linear(v).items()}
+    layers = self.offsets.program.space.layers
+    return {
+      o: (v[o] * x).reshape(len(x) if o[0] in layers else 1, -1).sum(1)
+      for o, x in linear(v).items()
+    }
 
 
 class _Offsets:
@@ -233,17 +252,22 @@ def weight_norms(expansion: Expansion, batches: Sequence[Any]) -> np.ndarray:
   program = expansion.program
   inputs, _ = split(next(iter(batches)), expansion.task.targets)
   squared = jax.device_get(expansion.norms()(program.params, inputs))
-  found = []
+  places, found = program.space.places, []
   for i, k in program_flat(program):
-    sites = program.space.rows[i].sites
+    sites = [places[name] for name in program.space.rows[i].sites]
     found.append(
       sum(
-        float(np.asarray(x, float)[..., k].sum())
+        float(_layer(np.asarray(x, float)[..., k], layer).sum())
+        for site, layer in sites
         for o, x in squared.items()
-        if o[0] in sites and kind(o[1]) == 'weight'
+        if o[0] == site and kind(o[1]) == 'weight'
       )
     )
   return np.array(found)
+
+
+def _layer(x, layer: int | None):
+  return x if layer is None else x[layer]
 
 
 class _Power:
@@ -268,10 +292,23 @@ class _Power:
       for i, b in enumerate(self.batches)
     ]
 
+  def _masks(self, names):
+    """1 where a row's block is, by operand: all of it, or some layers."""
+    masks: dict[Operand, Any] = {}
+    places = self.program.space.places
+    for site, layer in map(places.__getitem__, names):
+      for o, shape in self.shapes.items():
+        if o[0] == site:
+          where = ... if layer is None else layer
+          mask = masks.get(o, jnp.zeros((*shape[:1], *[1] * (len(shape) - 1))))
+          masks[o] = mask.at[where].set(1)
+    return masks
+
   def __call__(self, sites, key, iterations, tolerance):
-    mine = [o for o in self.shapes if o[0] in sites]
+    masks = self._masks(sites)
+    mine = [o for o in self.shapes if o in masks]
     v = {
-      o: jax.random.normal(jax.random.fold_in(key, j), shape)
+      o: jax.random.normal(jax.random.fold_in(key, j), shape) * masks[o]
       if o in mine
       else jnp.zeros(shape)
       for j, (o, shape) in enumerate(self.shapes.items())
@@ -281,7 +318,7 @@ class _Power:
     while True:
       step += 1
       each = self._products(v)
-      h = {o: sum(hb[o] for hb in each) / len(each) for o in mine}
+      h = {o: masks[o] * sum(hb[o] for hb in each) / len(each) for o in mine}
       before, value = value, _dot(v, h, mine)
       residual = {o: h[o] - value * v[o] for o in mine}
       size = _norm(h, mine)

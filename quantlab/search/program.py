@@ -98,11 +98,12 @@ class Program:
   @property
   def float(self) -> dict[str, int]:
     """The choice that leaves every site in float."""
-    return {k: len(v) for k, v in self.space.options.items()}
+    options = self.space.options
+    return {k: len(options[s]) for k, (s, _) in self.space.places.items()}
 
   def choice(self, options: Sequence[int]) -> dict[str, int]:
-    """Options of the rows by site; what is not searched as it is fixed."""
-    found = dict.fromkeys(self.space.options, 0)
+    """Options of the rows by site, or layer; what is not searched is fixed."""
+    found = dict.fromkeys(self.space.places, 0)
     for row, k in zip(self.space.rows, options, strict=True):
       found |= dict.fromkeys(row.sites, k)
     return found
@@ -116,11 +117,15 @@ class Program:
 
   def bits(self, choice: Mapping[str, int]) -> State:
     """The state of a choice; of one structure for all choices."""
-    return self.state(
-      lambda operand, loops: {
-        'bits': np.full(loops, choice[operand[0]], np.int32)
-      }
-    )
+
+    def leaves(operand, loops):
+      site = operand[0]
+      if site not in self.space.layers:
+        return {'bits': np.full(loops, choice[site], np.int32)}
+      each = [choice[name] for name in self.space.layers[site]]
+      return {'bits': np.array(each, np.int32)}
+
+    return self.state(leaves)
 
   def state(
     self, leaves: Callable[[Operand, tuple[int, ...]], Mapping[str, Any]]

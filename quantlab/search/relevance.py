@@ -36,7 +36,8 @@ def relevance(
     Values with standard errors over batches, by option; facts with the shares.
   """
   rows = program.space.rows
-  sites = [s for r in rows for s in r.sites]
+  places = program.space.places
+  sites = list(dict.fromkeys(places[s][0] for r in rows for s in r.sites))
   hook = Rule(output=presets.int8(per='tensor'))
   first = next(iter(batches), None)
   if first is None:
@@ -61,8 +62,13 @@ def relevance(
       return jnp.where(counted, outputs.max(-1), 0).sum()
 
     slots = {s: jnp.zeros(plan.sites[s].loops) for s in sites}
-    found = jax.tree.map(jnp.sum, jax.grad(start)(slots))
-    by_row = jnp.stack([sum(found[s] for s in r.sites) for r in rows])
+    found = jax.grad(start)(slots)
+
+    def share(name):
+      site, layer = places[name]
+      return (found[site] if layer is None else found[site][layer]).sum()
+
+    by_row = jnp.stack([sum(map(share, r.sites)) for r in rows])
     return by_row / by_row.sum()
 
   samples = []

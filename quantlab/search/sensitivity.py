@@ -52,6 +52,7 @@ def sensitivity(
   encode: Callable[[Any], Any] | None = None,
   ties: Iterable[Sequence[str]] = (),
   costs: Mapping[str, Cost] | None = None,
+  layers: bool = False,
   interactions: bool | Sequence[str] = False,
   key: jax.Array | None = None,
   probes: int = 64,
@@ -102,6 +103,7 @@ def sensitivity(
       `search.Encoded`) and not rounded to nearest; direct metrics alone.
     ties: groups of sites that take one option.
     costs: further costs, `plan -> {site: cost}`.
+    layers: a row for each layer of a scanned site, see `search.space`.
     interactions: measure what every two options do jointly too; True for all
       metrics that can, or the names of some. 'hessian' takes d_i' H_ij d_j
       (one Hessian-vector product an option and batch, see `search.taylor`),
@@ -148,7 +150,9 @@ def sensitivity(
   first = next(iter(inputs), None)
   if first is None:
     raise ValueError('there is no batch to measure on; give at least one')
-  found = space(apply, params, choices, *first, ties=ties, costs=costs)
+  found = space(
+    *(apply, params, choices, *first), ties=ties, costs=costs, layers=layers
+  )
   program = Program(apply, params, found, inputs)
   if encode is not None:
     program = Encoded(program, encode)
@@ -283,6 +287,7 @@ class _Run:
       model=runtime.fingerprint(self.program.params),
       interactions=None if joint is None else joint[0],
       facts=facts,
+      layers=found.layers,
     )
 
 

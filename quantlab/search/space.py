@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from quantlab import cost, planner
+from quantlab import cost, layering, planner
 from quantlab.core import Quantizer
 from quantlab.graph import tracing
 from quantlab.plan import Plan
-from quantlab.recipe import Recipe, Rule
+from quantlab.recipe import PerLayer, Recipe, Rule
 from quantlab.recipe import recipe as as_recipe
 from quantlab.search.table import Columns, Row
 
@@ -34,6 +34,8 @@ class Space:
     column_of: by site, the column in which it has each of its options.
     costs: by name, of each option of each row.
     fixed: by name, the cost of everything else.
+    layers: of each site whose layers are decided one by one, what they are
+      called; where rows name sites, they name these.
   """
 
   rows: tuple[Row, ...]
@@ -43,6 +45,22 @@ class Space:
   column_of: dict[str, tuple[int, ...]]
   costs: dict[str, Columns]
   fixed: dict[str, float]
+  layers: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+  def names(self, site: str) -> tuple[str, ...]:
+    """What rows call a site: its layers, or itself."""
+    return self.layers.get(site, (site,))
+
+  @property
+  def places(self) -> dict[str, tuple[str, int | None]]:
+    """(site, layer or None for all of it) by what rows call it."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for site in self.options:
+      found[site] = site, None
+    for site, names in self.layers.items():
+      del found[site]
+      found |= {name: (site, i) for i, name in enumerate(names)}
+    return found
 
   @property
   def options(self) -> dict[str, tuple[Rule | None, ...]]:
@@ -50,8 +68,9 @@ class Space:
     found: dict[str, tuple[Rule | None, ...]] = {
       k: (s.rule,) for k, s in self.plan.quantized.items()
     }
+    home = {n: site for site, names in self.layers.items() for n in names}
     for row in self.rows:
-      found |= dict.fromkeys(row.sites, row.rules)
+      found |= dict.fromkeys((home.get(s, s) for s in row.sites), row.rules)
     return found
 
 
@@ -62,6 +81,7 @@ def space(
   *args: Any,
   ties: Iterable[Sequence[str]] = (),
   costs: Mapping[str, Cost] | None = None,
+  layers: bool = False,
 ) -> Space:
   """Resolves `{pattern: options}` for one program, from shapes alone.
 
@@ -76,11 +96,13 @@ def space(
       take one option together. Sites that read one stored parameter do so
       without being named.
     costs: further costs by name, `plan -> {site: cost}`, such as a
-      `ql.cost.LatencyTable`.
+      `ql.cost.LatencyTable`; of a layer its share of the site's.
+    layers: a row for each layer of a site in a scan over stacked layers:
+      'layers/w[0]', 'layers/w[1]', ... Ties name these.
 
   Raises:
-    ValueError: nothing to choose, options that contradict each other, tied
-      sites with different options; and what `ql.plan` refuses.
+    ValueError: nothing to choose, or nothing by layer; options that contradict
+      each other, tied sites with different options; what `ql.plan` refuses.
   """
   lists = _lists(choices)
   traced, leaves, inputs = tracing.Tracer(apply)(params, args, {})
@@ -99,7 +121,8 @@ def space(
     traced, leaves, inputs, {k: _union(k, v) for k, v in options.items()}
   )
   columns = tuple(_column(traced, leaves, inputs, r, base) for r in rules_of)
-  rows = _rows(base, options, ties)
+  named = _layers(traced.analysis.sites, base, options) if layers else {}
+  rows = _rows(base, options, named, ties)
   if not rows:
     raise ValueError(
       'nothing to choose: no site has more than one option. Give a pattern '
@@ -114,10 +137,29 @@ def space(
     for k, v in options.items()
   }
   models = COSTS | dict(costs or {})
-  priced, fixed = _price(traced, base, columns, column_of, rows, models)
-  decided = {s for row in rows for s in row.sites}
-  kept = {k: v[0] for k, v in options.items() if k not in decided}
-  return Space(rows, kept, base, columns, column_of, priced, fixed)
+  kept = {k: v[0] for k, v in options.items() if len(v) == 1}
+  made = Space(rows, kept, base, columns, column_of, {}, {}, named)
+  priced, fixed = _price(traced, made, models)
+  return dataclasses.replace(made, costs=priced, fixed=fixed)
+
+
+def _layers(sites, base: Plan, options) -> dict[str, tuple[str, ...]]:
+  """Names of the layers of the sites that are decided layer by layer."""
+  able = {s.id for s in sites if layering.whole(s) is None}
+  able = {k for k in able if len(options.get(k, ())) > 1}
+  for group in _shared(base, options):  # stored once: all of it, or by layer
+    if not able.issuperset(group):
+      able -= set(group)
+  if not able:
+    raise ValueError(
+      'layers=True, but no site with several options is in a scan over stacked '
+      f'layers; sites: {list(options)}'
+    )
+  return {
+    k: tuple(f'{k}[{i}]' for i in range(base.sites[k].loops[0]))
+    for k in options
+    if k in able
+  }
 
 
 def label(rule: Rule | None) -> str:
@@ -151,6 +193,11 @@ def _lists(choices: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     if not rules:
       raise ValueError(f'pattern {pattern!r} has no options to choose from')
     known = [as_recipe({'': r}).entries[0][1] for r in rules if r is not None]
+    if any(isinstance(r, PerLayer) for r in known):
+      raise ValueError(
+        f'pattern {pattern!r} has a per_layer among its options; layers=True '
+        'decides layer by layer, with options such as ql.int4()'
+      )
     twice = [r for i, r in enumerate(known) if r in known[:i]]
     if twice or sum(r is None for r in rules) > 1:
       raise ValueError(
@@ -197,8 +244,23 @@ def _column(traced, leaves, inputs, rules, base: Plan) -> Plan:
   )
 
 
-def _rows(base: Plan, options, ties) -> tuple[Row, ...]:
-  """Sites with something to choose, joined where they are tied."""
+def _rows(base: Plan, options, layers, ties) -> tuple[Row, ...]:
+  """Sites with something to choose, joined where they are tied.
+
+  Args:
+    base: a plan.
+    options: of each site.
+    layers: names of those that are decided layer by layer.
+    ties: see `space`.
+  """
+  shared = [
+    group
+    for sites in _shared(base, options)
+    for group in zip(*(layers.get(k, (k,)) for k in sites), strict=True)
+  ]
+  options = {
+    name: v for k, v in options.items() for name in layers.get(k, (k,))
+  }
   ids = [k for k, v in options.items() if len(v) > 1]
   parent = {k: k for k in ids}
 
@@ -207,7 +269,7 @@ def _rows(base: Plan, options, ties) -> tuple[Row, ...]:
       k = parent[k]
     return k
 
-  for group in [*_shared(base, options), *_matched(ids, ties)]:
+  for group in [*shared, *_matched(ids, ties)]:
     first = group[0]
     for k in group[1:]:
       if options[k] != options[first]:
@@ -253,9 +315,9 @@ def _matched(ids: Sequence[str], ties) -> list[list[str]]:
   return found
 
 
-def _price(traced, base: Plan, columns, column_of, rows, models):
+def _price(traced, made: Space, models):
   """Costs of every option, and of what is not chosen."""
-  decided = {s for row in rows for s in row.sites}
+  base, column_of, places = made.plan, made.column_of, made.places
   folds = {
     s.id: {traced.paths[i] for i in s.fold.leaves}
     for s in traced.analysis.sites
@@ -264,26 +326,30 @@ def _price(traced, base: Plan, columns, column_of, rows, models):
   costs: dict[str, Columns] = {}
   fixed: dict[str, float] = {}
   for name, model in models.items():
-    by_column = [model(plan) for plan in columns]
+    by_column = [model(plan) for plan in made.columns]
     if model is cost.nbytes:
       by_column = [
         {
           k: v + _unfolded(base, plan, folds.get(k, ()))
           for k, v in found.items()
         }
-        for found, plan in zip(by_column, columns, strict=True)
+        for found, plan in zip(by_column, made.columns, strict=True)
       ]
     costs[name] = tuple(
       np.array(
         [
-          sum(by_column[column_of[s][k]][s] for s in row.sites)
+          sum(
+            by_column[column_of[s][k]][s] / len(made.names(s))
+            for s, _ in map(places.__getitem__, row.sites)
+          )
           for k in range(len(row.rules))
         ],
         float,
       )
-      for row in rows
+      for row in made.rows
     )
-    rest = {k: v for k, v in by_column[0].items() if k not in decided}
+    chosen = {places[s][0] for row in made.rows for s in row.sites}
+    rest = {k: v for k, v in by_column[0].items() if k not in chosen}
     fixed[name] = float(sum(rest.values()))
   if 'bytes' in fixed and models['bytes'] is cost.nbytes:
     fixed['bytes'] += cost.rest_nbytes(base)

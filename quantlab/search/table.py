@@ -67,6 +67,8 @@ class Table:
       symmetric: what two rows do together beside the sum of their values;
       None where it was not measured.
     facts: how it was made, JSON-able.
+    layers: of each site whose layers are decided one by one, what rows call
+      them.
   """
 
   rows: tuple[Row, ...]
@@ -80,6 +82,9 @@ class Table:
   model: str = ''
   interactions: np.ndarray | None = None
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  layers: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self):
     if not self.rows:
@@ -296,6 +301,7 @@ class Table:
       'model': self.model,
       'interactions': None if q is None else q.tolist(),
       'facts': dict(self.facts),
+      **({'layers': dict(self.layers)} if self.layers else {}),
     }
 
   @classmethod
@@ -323,6 +329,7 @@ class Table:
       model=data['model'],
       interactions=None if q is None else np.asarray(q, float),
       facts=dict(data['facts']),
+      layers={k: tuple(v) for k, v in data.get('layers', {}).items()},
     )
 
 

@@ -26,7 +26,7 @@ class Expansion:
   """The loss of one batch as a function of the weights of all options.
 
   Weights are one array over all options of all rows, as `Table.flat` counts
-  them; tied sites share theirs.
+  them; tied sites share theirs, layers of a row each have their own.
 
   Args:
     program: the program.
@@ -47,19 +47,24 @@ class Expansion:
   @property
   def searched(self) -> list[tuple[str, str]]:
     """Operands of the rows."""
-    return [o for o in self.program.operands if o[0] in self.row_of]
+    names = self.program.space.names
+    return [o for o in self.program.operands if names(o[0])[0] in self.row_of]
 
   def _outputs(self, params, t, inputs, extra=None):
     """Outputs with weights t, (size,); `extra` adds leaves by operand."""
 
     def leaves(operand, loops):
-      row = self.row_of.get(operand[0])
-      if row is None:  # not searched: it stays in float
+      names = self.program.space.names(operand[0])
+      if names[0] not in self.row_of:  # not searched: it stays in float
         return {}
-      a, b = self.starts[row], self.starts[row + 1]
-      mine = jnp.append(t[a:b], 0.0)  # float has no error
-      given = {'strength': jnp.broadcast_to(mine, (*loops, len(mine)))}
-      return given | (extra(operand, loops, len(mine)) if extra else {})
+      each = []
+      for row in map(self.row_of.__getitem__, names):
+        a, b = self.starts[row], self.starts[row + 1]
+        each.append(jnp.append(t[a:b], 0.0))  # float has no error
+      mine = jnp.stack(each) if loops else each[0]
+      count = mine.shape[-1]
+      given = {'strength': jnp.broadcast_to(mine, (*loops, count))}
+      return given | (extra(operand, loops, count) if extra else {})
 
     state = self.program.state(leaves)
     return self._shifted(self.program.variables(params, state), *inputs)
