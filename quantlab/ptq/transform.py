@@ -25,7 +25,9 @@ How the hard cases pass through:
                           `ops.adjust`), applied where the input meets the
                           site. Not built yet.
   per-layer bits, scan    one stack is one format; layers are encoded one by
-                          one (`blocks.layers`) and their codes stacked.
+                          one (`blocks.layers`) and their codes stacked. Layers
+                          of several formats are several scans, and the chain
+                          sees that program (`quantlab.layering`).
   LSQ, delayed FP8        no transforms: trainable or carried leaves of the
                           site state, which enter a scan as an extra input.
 """

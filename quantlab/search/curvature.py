@@ -73,7 +73,7 @@ def trace(
         size = math.prod(shape) / share / len(names)
         sizes |= {(name, o[1]): size for name in names}
     examples += b
-  samples = np.array(found)  # batches, probes, units
+  samples = np.array(found, float)  # batches, probes, units
   mean, spread = _two_level(samples)
   facts = {
     'traces': {
