@@ -64,14 +64,17 @@ def _products(space: search.Space) -> dict[str, dict[str, SitePlan]]:
     for site in plan.sites.values():
       if not site.macs:
         continue
-      if site.kind != 'dot' or len(site.matrix) != 2:
+      b, m, k, n = _sizes(site) if site.kind == 'dot' else (0, 0, 0, 0)
+      if not b or (site.rule is not None and (b > 1 or not site.matrix)):
         raise variants.ConfigError(
-          f'site {site.id!r} is a {site.kind} of a weight {site.matrix}: '
-          'only products of a matrix are measured by themselves'
+          f'site {site.id!r} is a {site.kind} of {site.tensors[:2]}: only '
+          'products of a matrix, and float ones of two activations, are '
+          'measured by themselves'
         )
       bare = dataclasses.replace(site, rule=None, compute='float')
-      m, k, n = _sizes(site)
-      options = found.setdefault(f'{k}x{n}/{m}', {'float': bare})
+      batch = f'{b} of ' if b > 1 else ''
+      options = found.setdefault(f'{batch}{k}x{n}/{m}', {})
+      options.setdefault('float', bare)
       options.setdefault(_label(site), site)
   return found
 
@@ -80,23 +83,26 @@ def _label(site: SitePlan) -> str:
   return 'float' if site.rule is None else search.label(site.rule)
 
 
-def _sizes(site: SitePlan) -> tuple[int, int, int]:
-  """Rows, contraction, outputs of one iteration."""
-  k, n = site.matrix[-2:]
-  return site.macs // (math.prod(site.loops) * k * n), k, n
+def _sizes(site: SitePlan) -> tuple[int, int, int, int]:
+  """Batch, rows, contraction, outputs of one iteration of a dot."""
+  left, right, out = map(math.prod, site.tensors)
+  each = site.macs // math.prod(site.loops)
+  batch = left * right * out // each**2
+  return batch, each // right, each // out, each // left
 
 
 def _copies(site: SitePlan, config: Any) -> int:
-  _, k, n = _sizes(site)
-  return max(1, min(config.copies, config.rotate // (4 * k * n)))
+  b, _, k, n = _sizes(site)
+  return max(1, min(config.copies, config.rotate // (4 * b * k * n)))
 
 
 def _chained(site: SitePlan, config: Any):
   """Multiplies the copies one after the other in one compiled call."""
-  m, k, n = _sizes(site)
+  b, m, k, n = _sizes(site)
+  batch = (b,) if b > 1 else ()
   key = jax.random.key(config.seed)
-  x = jax.random.normal(jax.random.fold_in(key, 1), (m, k))
-  apply, variables = _multiply, {'w': jax.random.normal(key, (k, n))}
+  x = jax.random.normal(jax.random.fold_in(key, 1), (*batch, m, k))
+  apply, variables = _multiply, {'w': jax.random.normal(key, (*batch, k, n))}
   if site.rule is not None:
     model = ql.ptq(_multiply, variables, {'w': site.rule}, [(x,)])
     apply, variables = model.apply, model.params

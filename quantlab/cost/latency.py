@@ -38,19 +38,19 @@ class LatencyTable:
   def key(site: SitePlan) -> str:
     """What decides the time of a site: 'dot 8x64x10 int4 per channel, ...'.
 
-    Rows x contraction x outputs (all batch axes multiplied into the rows),
-    then the quantizers of both operands.
+    Rows x contraction x outputs (all batch axes multiplied into the rows), of
+    a product of two activations their shapes; then the quantizers of both.
     """
     rule = site.rule
     first = (rule.weight or rule.lhs) if rule else None
     second = (rule.input or rule.rhs) if rule else None
-    loops = math.prod(site.loops)
     if site.matrix:
       k, n = site.matrix[-2:]
+      rows = site.macs // max(1, math.prod(site.loops) * k * n)
+      sizes = f'{rows}x{k}x{n}'
     else:
-      k = n = 1
-    rows = site.macs // max(1, loops * k * n)
-    return f'{site.kind} {rows}x{k}x{n} {_name(first)} x {_name(second)}'
+      sizes = ' by '.join('x'.join(map(str, t)) for t in site.tensors[:2])
+    return f'{site.kind} {sizes} {_name(first)} x {_name(second)}'
 
   def __call__(self, plan: Plan) -> dict[str, float]:
     """Seconds of every site with a product, loops included, by site id.

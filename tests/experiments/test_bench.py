@@ -259,7 +259,8 @@ def test_a_latency_table_is_of_every_product_of_a_search(monkeypatch, tmp_path):
   params = {k: jnp.ones((8, 8)) for k in 'ab'} | {'c': jnp.ones((8, 16))}
 
   def apply(p, x):
-    return jnp.tanh(jnp.tanh(x @ p['a']) @ p['b']) @ p['c']
+    x = jnp.tanh(jnp.tanh(x @ p['a']) @ p['b'])
+    return (x @ x.T) @ x @ p['c']
 
   work = types.SimpleNamespace(
     apply=apply, params=params, example=(jnp.ones((3, 8)),)
@@ -273,10 +274,12 @@ def test_a_latency_table_is_of_every_product_of_a_search(monkeypatch, tmp_path):
   )
   config.rounds, config.copies = 2, 2
   result = bench.run(config, str(tmp_path))
-  assert set(result['cases']) == {'8x8/3', '8x16/3'}
+  assert set(result['cases']) == {'8x8/3', '8x16/3', '8x3/3', '3x8/3'}
   _check_case(result['cases']['8x8/3'])
   table = ql.cost.LatencyTable.from_json(result['latency'])
-  assert len(table.seconds) == 3 + 1  # two of the same geometry, and float
+  # Two of the same geometry in two formats and float; three float ones, of
+  # which those of activations take as many operations.
+  assert len(table.seconds) == 3 + 3
   config.search.latency = str(tmp_path / 'bench.json')
   found = search.space(
     apply,
