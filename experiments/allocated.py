@@ -100,17 +100,17 @@ def tables(
   for name in config.encoders:
     reads = encoder(name).observe is not None
     tail = f'.{name}' if reads else ''
-    todo = {f'{tail}@{option}': option for option in config.budgets}
-    file, around = f'tables_{name}.json', bool(config.around)
+    bases: dict[str, str | None] = {tail: None} if reads else {}
+    if config.around:
+      bases |= {f'{tail}@{option}': option for option in config.budgets}
+    file = f'tables_{name}.json'
     kept = folder.read_json(file, {})
-    encode = None
-    for mark, base in [*([(tail, None)] if reads else []), *todo.items()]:
-      if (base is None or around) and mark not in kept:
-        if reads and encode is None:
-          encode = encoding(config, work, f'{name}/0')
-        made = spaces.direct_tables(config, work, encode, base)
-        kept[mark] = {k: t.to_json() for k, t in made.items()}
-        folder.write_json(file, kept)
+    todo = {mark: base for mark, base in bases.items() if mark not in kept}
+    encode = encoding(config, work, f'{name}/0') if reads and todo else None
+    for mark, base in todo.items():
+      made = spaces.direct_tables(config, work, encode, base)
+      kept[mark] = {k: t.to_json() for k, t in made.items()}
+      folder.write_json(file, kept)
     for mark, group in kept.items():
       for metric, table in group.items():
         found[metric + mark] = search.Table.from_json(table)
@@ -137,8 +137,7 @@ def judge(
   All of them run through one compiled function. Allocations that chose the
   same are one measurement under several names.
   """
-  space = spaces.space(config, work)
-  plain = search.Program(work.apply, work.params, space, work.calibration)
+  plain = spaces.program(config, work)
   apply = None
   for label in runtime.track(labels(config), config.model):
     todo = [n for n in found if f'q/{n}/{label}' not in folder.metrics]

@@ -37,9 +37,7 @@ def allocations(
     )
   order = [names.index(r.name) for r in whole.rows]
   objective = objectives.default(work.metric)
-  program = search.Program(
-    work.apply, work.params, spaces.space(config, work), work.calibration
-  )
+  program = spaces.program(config, work)
   measured = search.Measure(
     program, spaces.measured_on(config, work), work.metric, [objective]
   )

@@ -50,8 +50,7 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
   variants.check_name('metric', metric, tuple(kept))
   table = search.additive(search.Table.from_json(kept[metric]))
   objective = objectives.default(work.metric)
-  found = spaces.space(config, work)
-  program = search.Program(work.apply, work.params, found, work.calibration)
+  program = spaces.program(config, work)
   measure = search.Measure(
     program, spaces.judged_on(config, work), work.metric, [objective]
   )

@@ -106,8 +106,7 @@ def _truth(
     for kind, low in config.kinds
   }
   objective = objectives.default(work.metric)
-  found = spaces.space(config, work)
-  program = search.Program(work.apply, work.params, found, work.calibration)
+  program = spaces.program(config, work)
   names = dict.fromkeys(
     n for n in (objective, 'kl') if n in objectives.known(work.metric)
   )

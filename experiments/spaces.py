@@ -155,6 +155,12 @@ def space(config: Any, work: models.Workload) -> search.Space:
   return search.space(work.apply, work.params, choices(config), *work.example)
 
 
+def program(config: Any, work: models.Workload) -> search.Program:
+  """The model with its choices, static ranges calibrated."""
+  found = space(config, work)
+  return search.Program(work.apply, work.params, found, work.calibration)
+
+
 def workload(config: Any) -> models.Workload | None:
   """The model of a config, or None with a message."""
   variants.check_name('model', config.model, tuple(models.WORKLOADS))
