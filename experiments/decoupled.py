@@ -1,19 +1,23 @@
 """Allocations whose sites are scored by two metrics (MixDQ)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments import spaces, variants
-from quantlab import models, search
+from quantlab import models, runtime, search
 from quantlab.search import objectives
 
 
 def allocations(
-  config: Any, work: models.Workload, tables: Mapping[str, search.Table]
+  folder: runtime.Workdir,
+  config: Any,
+  work: models.Workload,
+  tables: Mapping[str, search.Table],
 ) -> dict[str, search.Allocation]:
   """One for each budget; nothing where the config names no groups.
 
   Args:
+    folder: keeps what was chosen, which takes measurements.
     config: `groups` are two pairs (pattern of rows, metric of a table).
     work: the model; how a budget is divided is decided by the loss (or its
       stand-in, see `objectives.default`) on the batches of the tables.
@@ -35,26 +39,40 @@ def allocations(
       f'groups={config.groups!r} leave out {left[:3]}; between them they must '
       'find every row'
     )
-  order = [names.index(r.name) for r in whole.rows]
-  objective = objectives.default(work.metric)
+  kept = folder.read_json('decoupled.json', {})
+  if todo := [option for option in config.budgets if option not in kept]:
+    measure = _loss(config, work)
+    order = [names.index(r.name) for r in whole.rows]
+
+    def in_order(choice):
+      return [choice[i] for i in order]
+
+    for option in todo:
+      start = [table.uniform(option) for table in groups]
+      made = search.decoupled(
+        groups, start, lambda c: measure(in_order(c)), cost=config.cost
+      )
+      kept[option] = in_order(made.choice)
+      folder.write_json('decoupled.json', kept)
+  found = {}
+  for option, choice in kept.items():
+    budget = {config.cost: whole.cost(whole.uniform(option), config.cost)}
+    found[f'{option}/decoupled'] = search.Allocation(
+      whole, tuple(choice), 'decoupled', budget
+    )
+  return found
+
+
+def _loss(config: Any, work: models.Workload) -> Callable[[Any], float]:
+  """Of a choice, on the batches of the tables."""
   program = spaces.program(config, work)
+  objective = objectives.default(work.metric)
   measured = search.Measure(
     program, spaces.measured_on(config, work), work.metric, [objective]
   )
 
-  def in_order(choice):
-    return tuple(choice[i] for i in order)
-
   def measure(choice):
-    [(value, _)] = measured([program.choice(in_order(choice))])[objective]
+    [(value, _)] = measured([program.choice(choice)])[objective]
     return value
 
-  found = {}
-  for option in config.budgets:
-    start = [table.uniform(option) for table in groups]
-    made = search.decoupled(groups, start, measure, cost=config.cost)
-    budget = {config.cost: whole.cost(whole.uniform(option), config.cost)}
-    found[f'{option}/decoupled'] = search.Allocation(
-      whole, in_order(made.choice), 'decoupled', budget
-    )
-  return found
+  return measure

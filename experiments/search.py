@@ -66,7 +66,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     tables = spaces.tables(folder, config, work)
     tables |= allocated.tables(folder, config, work)
     found = allocations(config, tables)
-    found |= decoupled.allocations(config, work, tables)
+    found |= decoupled.allocations(folder, config, work, tables)
     for name, made in found.items():
       if name not in folder.read_json('plan.json', {}):
         plan = ql.plan(work.apply, work.params, made, *work.example)

@@ -75,12 +75,8 @@ def _products(space: search.Space) -> dict[str, dict[str, SitePlan]]:
       batch = f'{b} of ' if b > 1 else ''
       options = found.setdefault(f'{batch}{k}x{n}/{m}', {})
       options.setdefault('float', bare)
-      options.setdefault(_label(site), site)
+      options.setdefault(search.label(site.rule), site)
   return found
-
-
-def _label(site: SitePlan) -> str:
-  return 'float' if site.rule is None else search.label(site.rule)
 
 
 def _sizes(site: SitePlan) -> tuple[int, int, int, int]:
