@@ -1,6 +1,7 @@
 """Search spaces and tables from a config's plain values."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,29 +21,31 @@ class Part:
 
   Attributes:
     batches: all of them.
-    start, stop: which ones.
+    start, stop, step: which ones.
   """
 
   batches: Any
   start: int
   stop: int | None
+  step: int = 1
 
   def __iter__(self) -> Iterator[Any]:
-    for i, batch in enumerate(self.batches):
-      if self.stop is not None and i >= self.stop:
-        return
-      if i >= self.start:
-        yield batch
+    return itertools.islice(self.batches, self.start, self.stop, self.step)
 
 
 def measured_on(config: Any, work: models.Workload) -> Part:
   """The labelled batches that sensitivities are measured on: the first."""
+  if config.alternate:
+    return Part(work.evaluation, 0, 2 * config.batches, 2)
   return Part(work.evaluation, 0, config.batches)
 
 
 def judged_on(config: Any, work: models.Workload) -> Part:
   """The labelled batches that choices are judged on: the rest."""
-  return Part(work.evaluation, config.batches, config.judged or None)
+  stop = config.judged or None
+  if config.alternate:
+    return Part(work.evaluation, 1, stop, 2)
+  return Part(work.evaluation, config.batches, stop)
 
 
 def choices(config: Any) -> dict[str, Any]:

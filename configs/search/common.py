@@ -21,6 +21,9 @@ def base(model: str) -> ml_collections.ConfigDict:
   config.batches = 2  # labelled, to measure the tables on
   config.curved = 0  # examples of the first one, for derivatives; 0: all
   config.judged = 0  # batches up to which choices are judged; 0: all
+  # Every other batch is measured on and the ones between are judged on; for
+  # sets in some order. Otherwise the first ones are measured on.
+  config.alternate = False
   config.choices = (('/kernel$', options()),)
   config.metrics = (
     'loss',
