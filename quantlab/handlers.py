@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from quantlab import core, ops
@@ -58,6 +58,32 @@ class Simulate(Protocol):
       axis: the contraction axis.
       shape: of the operand in the axes of the product.
     """
+
+
+class Product(Protocol):
+  """How a product of simulated operands is computed."""
+
+  def __call__(
+    self,
+    site: Site,
+    lhs: Any,
+    rhs: Any,
+    default: Callable[..., Any],
+    state: Mapping[str, Any],
+  ) -> Any:
+    """The product; `default(lhs, rhs)` is the traced one."""
+
+
+def plainly(
+  site: Site,
+  lhs: Any,
+  rhs: Any,
+  default: Callable[..., Any],
+  state: Mapping[str, Any],
+) -> Any:
+  """The product as it was traced."""
+  del site, state
+  return default(lhs, rhs)
 
 
 def straight_through(
@@ -153,7 +179,7 @@ def computing(site, lhs, rhs, default, state):
 
 
 def simulating(
-  plan: Plan, simulate: Simulate = straight_through
+  plan: Plan, simulate: Simulate = straight_through, product: Product = plainly
 ) -> rewrite.Handler:
   """Simulated quantization of every operand; differentiable.
 
@@ -175,7 +201,7 @@ def simulating(
         operands[operand] = _simulated(
           site, role, operands[operand], quantizer, state, simulate
         )
-    out = default(operands['lhs'], operands['rhs'])
+    out = product(site, operands['lhs'], operands['rhs'], default, state)
     out = _adapted(site, lhs, rhs, out, state)
     return _output(site, rule, out, state, simulate), None
 

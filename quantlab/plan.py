@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -54,12 +55,14 @@ class Storage:
   def abstract(self) -> Any:
     """The QTensor as shapes."""
     w = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
-    return jax.eval_shape(
-      lambda x: core.quantize(
-        x, dataclasses.replace(self.quantizer, rounding='nearest'), self.layout
-      ),
-      w,
-    )
+    return _nearest.eval_shape(w, self)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _nearest(w: jax.Array, storage: Storage) -> Any:
+  """Codes rounded to nearest, which needs no key; traced once a storage."""
+  quantizer = dataclasses.replace(storage.quantizer, rounding='nearest')
+  return core.quantize(w, quantizer, storage.layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,7 @@ ADAPTER = ('a', 'b', 'scale')
 _FIELDS = ('bits', *QParams._fields, 'lo', 'hi', 'strength', *LEARNED)
 STATE: dict[str, tuple[str, ...] | None] = {
   **dict.fromkeys(('weight', 'input', 'output', 'lhs', 'rhs'), _FIELDS),
-  **dict.fromkeys(('effective', 'fold', 'transform', 'bias')),
+  **dict.fromkeys(('effective', 'fold', 'transform', 'bias', 'probe')),
   'adapter': ADAPTER,
 }
 

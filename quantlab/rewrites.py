@@ -157,6 +157,7 @@ def fake_quantized(
   apply: Callable,
   plan: Plan,
   simulate: handlers.Simulate = handlers.straight_through,
+  product: handlers.Product = handlers.plainly,
 ) -> Callable:
   """`apply` with simulated quantization, on float variables; differentiable.
 
@@ -172,11 +173,12 @@ def fake_quantized(
     apply: the user's function of `(params, *args, **kwargs)`.
     plan: what is quantized.
     simulate: how; `ql.qat` gives gradient estimators here.
+    product: how the product of simulated operands is computed.
 
   Returns:
     A function of `(params or variables, *args, **kwargs)`.
   """
-  handler = handlers.simulating(plan, simulate)
+  handler = handlers.simulating(plan, simulate, product)
 
   def evaluate(traced, leaves, inputs, state):
     _refuse_codes(leaves, traced.paths)

@@ -3,7 +3,7 @@ r"""Cost of a search on ResNet-20: table, Hessian products, population of plans.
   python -m experiments.bench --config=configs/bench/search.py \
     --workdir=runs/search_cost
 
-A minute on two cores. Of the loop that compiles each entry anew `compiled`
+Three minutes on two cores. Of the loop that compiles each entry anew `compiled`
 entries are run, and their time is scaled to all of them.
 """
 
@@ -19,9 +19,9 @@ def get_config() -> config_dict.ConfigDict:
       'images': {'table': 32, 'probes': 64, 'population': 32},
       'widths': (2, 3, 4, 6, 8),
       'compiled': 3,
-      'probes': 16,
+      'probes': 64,
       'plans': 32,
-      'rounds': {'table': 1, 'probes': 1, 'population': 2},
+      'rounds': {'table': 3, 'probes': 3, 'population': 7},
       # Largest ratios: to the loop, to forward passes, to sequential calls.
       'limits': {'table': 0.1, 'probes': 6.0, 'population': 1.1},
     }

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from quantlab.search import objectives
+from quantlab.search.offsets import Offsets
+from quantlab.search.probes import Probes
 from quantlab.search.program import Operand, Program, split
 from quantlab.search.simulate import kind
 from quantlab.search.taylor import Expansion
@@ -127,85 +127,6 @@ def _two_level(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return flat.mean(0), error
 
 
-class Probes:
-  """v_l' (H v)_l of every operand, v random signs on all of them.
-
-  The gradient of a batch is linearized once: each probe costs the tangents
-  alone, and the activations of both passes are held meanwhile.
-  """
-
-  def __init__(self, expansion: Expansion):
-    self.offsets = _Offsets(expansion)
-    self.linearized = jax.jit(self._linearized)
-    self.products = jax.jit(self._products)
-
-  def _linearized(self, params, inputs, targets):
-    shapes = self.offsets.shapes(inputs)
-    zero = {o: jnp.zeros(s) for o, s in shapes.items()}
-    gradient = self.offsets.gradient(params, inputs, targets)
-    return zero, jax.linearize(gradient, zero)[1]
-
-  def _products(self, prepared, key):
-    zero, linear = prepared
-    v = {
-      o: jax.random.rademacher(jax.random.fold_in(key, j), x.shape, x.dtype)
-      for j, (o, x) in enumerate(zero.items())
-    }
-    layers = self.offsets.program.space.layers
-    return {
-      o: (v[o] * x).reshape(len(x) if o[0] in layers else 1, -1).sum(1)
-      for o, x in linear(v).items()
-    }
-
-
-class _Offsets:
-  """The loss of one batch as a function of what is added to every operand."""
-
-  def __init__(self, expansion: Expansion):
-    self.expansion, self.program = expansion, expansion.program
-    self._mean = objectives.mean(expansion.task, expansion.of)
-    self._added = _Added()
-    self._run = self.program.simulated(self._added)
-
-  def shapes(self, inputs: Any) -> dict[Operand, tuple[int, ...]]:
-    """Shapes of the offsets; operands inside loops have one for each turn."""
-    params = self.program.params
-    jax.eval_shape(lambda p: self._outputs(p, {}, inputs), params)
-    effective = self.program.space.plan.effective
-    found = {}
-    for o in self.expansion.searched:
-      outside = kind(o[1]) == 'weight' and o[0] not in effective
-      loops = () if outside else self.program.operands[o]
-      found[o] = (*loops, *self._added.shapes[o])
-    return found
-
-  def _outputs(self, params, offsets, inputs):
-    state = self.program.state(
-      lambda o, loops: {'offset': offsets[o]} if o in offsets else {}
-    )
-    return self._run(self.program.variables(params, state), *inputs)
-
-  def gradient(self, params, inputs, targets) -> Callable:
-    """Offsets -> gradient of the batch's mean loss."""
-
-    def loss(offsets):
-      outputs = self._outputs(params, offsets, inputs)
-      return self._mean(lax.stop_gradient(outputs), outputs, targets)
-
-    return jax.grad(loss)
-
-
-class _Added:
-  """`handlers.Simulate`: the leaf 'offset' is added; notes shapes."""
-
-  def __init__(self) -> None:
-    self.shapes: dict[Operand, tuple[int, ...]] = {}
-
-  def __call__(self, site, role, x, quantizer, leaves, *, axis, shape):
-    self.shapes[site, role] = tuple(x.shape)
-    return x + leaves['offset'].astype(x.dtype) if 'offset' in leaves else x
-
-
 def eigenvalue(
   expansion: Expansion,
   batches: Iterable[Any],
@@ -276,14 +197,14 @@ class _Power:
   def __init__(self, expansion: Expansion, batches: Sequence[Any]):
     self.program, self.task = expansion.program, expansion.task
     self.batches = batches
-    self.offsets = _Offsets(expansion)
+    self.offsets = Offsets(expansion)
     self.shapes = self.offsets.shapes(split(batches[0], self.task.targets)[0])
     self._product = jax.jit(self._hessian_product)
 
   def _hessian_product(self, params, v, inputs, targets):
     zero = jax.tree.map(jnp.zeros_like, v)
-    gradient = self.offsets.gradient(params, inputs, targets)
-    return jax.jvp(gradient, (zero,), (v,))[1]
+    loss = self.offsets.loss(params, inputs, targets)
+    return jax.jvp(jax.grad(lambda x: loss(x, {})), (zero,), (v,))[1]
 
   def _products(self, v) -> list[dict[Operand, jax.Array]]:
     """H v of each batch, on the operands of v that are not zero."""

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from quantlab import handlers
 from quantlab.core.tree import named_leaves
 from quantlab.search.program import Operand, Program, State
 from quantlab.search.simulate import kind
@@ -37,9 +38,13 @@ class Encoded(Program):
     self.__dict__.update(program.__dict__)
     self._stored = self._columns([encode(c) for c in program.space.columns])
 
-  def simulated(self, simulate: Any = None) -> Callable:
+  def simulated(
+    self,
+    simulate: handlers.Simulate | None = None,
+    product: handlers.Product = handlers.plainly,
+  ) -> Callable:
     """See `Program`; by default weights are taken from those stored."""
-    return super().simulated(simulate or self._stored_or_simulated)
+    return super().simulated(simulate or self._stored_or_simulated, product)
 
   def state(
     self, leaves: Callable[[Operand, tuple[int, ...]], Mapping[str, Any]]

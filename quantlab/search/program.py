@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantlab import rewrites
+from quantlab import handlers, rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
 from quantlab.plan import Plan
@@ -143,10 +143,14 @@ class Program:
   def variables(self, params: Any, state: State) -> dict[str, Any]:
     return {'weights': params, 'sites': state}
 
-  def simulated(self, simulate: Any = None) -> Callable:
+  def simulated(
+    self,
+    simulate: handlers.Simulate | None = None,
+    product: handlers.Product = handlers.plainly,
+  ) -> Callable:
     """`apply` of variables, with operands simulated as a search does it."""
     return rewrites.fake_quantized(
-      self.apply, self.space.plan, simulate or self.options
+      self.apply, self.space.plan, simulate or self.options, product
     )
 
   def _calibrate(self, inputs) -> dict[Operand, dict[str, jax.Array]]:
