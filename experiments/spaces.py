@@ -35,7 +35,7 @@ class Part:
 
 def measured_on(config: Any, work: models.Workload) -> Part:
   """The labelled batches that sensitivities are measured on: the first."""
-  if config.alternate:
+  if config.get('alternate', False):
     return Part(work.evaluation, 0, 2 * config.batches, 2)
   return Part(work.evaluation, 0, config.batches)
 
@@ -43,7 +43,7 @@ def measured_on(config: Any, work: models.Workload) -> Part:
 def judged_on(config: Any, work: models.Workload) -> Part:
   """The labelled batches that choices are judged on: the rest."""
   stop = config.judged or None
-  if config.alternate:
+  if config.get('alternate', False):
     return Part(work.evaluation, 1, stop, 2)
   return Part(work.evaluation, config.batches, stop)
 
