@@ -20,7 +20,7 @@ constexpr int64_t kRun = 4;                // steps from one pass to the next
 struct Pass {
   const uint8_t* p;
   int64_t stride, rows, strips;
-  int64_t ahead;  // bytes from a row to the one to be fetched into L2 with it
+  Ahead ahead;  // the rows of a later pass, fetched into L2 from left to right
   int flip;
   const uint8_t* table;
   const int32_t* x;
@@ -63,7 +63,8 @@ __attribute__((noinline)) void pass(const Pass& w) {
   // upper one sums 2^kBits times its products, apart.
   constexpr bool kApart = !kTable && P > 1 && R <= (kWidth == 64 ? 2 : 1);
   const I table = kTable ? table16(w.table) : zeros();
-  const int64_t stride = w.stride, ahead = w.ahead, x_stride = w.x_stride;
+  const int64_t stride = w.stride, x_stride = w.x_stride;
+  Ahead ahead = w.ahead;
   for (int64_t i = 0; i < w.strips; ++i) {
     int32_t* const sums = w.sums + i * R * kWidth;
     I sum[R][4], upper[kApart ? R : 1][4];
@@ -74,9 +75,7 @@ __attribute__((noinline)) void pass(const Pass& w) {
     for (int64_t rows = w.rows; rows > 0; rows -= 4, p += 4 * stride, x += P) {
       I v[4];
       interleave(p, stride, rows, v);
-      for (int r = 0; r < 4; ++r)
-        for (int at = 0; at < kWidth; at += 64)
-          __builtin_prefetch(p + ahead + r * stride + at, 0, 2);
+      ahead.fetch();
       each<P>([&](auto q) QL_NOW {
         X a[R];
         each<R>([&](auto r) QL_NOW { a[r] = spread(x[r * x_stride + q]); });
@@ -207,7 +206,12 @@ struct Few {
                                     plan.unpack, row, count, n, columns, copied,
                                     unpacked);
       w.p = c.p, w.stride = c.stride;
-      w.ahead = n < whole ? plan.ahead * a.n : 0;
+      if (n < whole) {
+        const int64_t lines = columns / 64;
+        w.ahead = {c.p + plan.ahead * c.stride, c.stride, lines, lines, count};
+      } else {
+        w.ahead = {};
+      }
       w.sums = sums + (n - n0) * rows, w.y = y + (n - n0) * rows;
       const bool here = fused && columns % kWidth == 0;
       w.scale = here ? a.scale + g * a.n + n : nullptr;
