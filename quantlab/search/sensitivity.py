@@ -120,7 +120,8 @@ def sensitivity(
   Raises:
     ValueError: an unknown metric, or one that the task has not;
       interactions of one that has none; nothing to choose, options in
-      conflict; no batches, or not finite ones.
+      conflict; no batches.
+    TypeError: batches that can be read only once.
   """
   names = (metric,) if isinstance(metric, str) else tuple(metric)
   for name in names:
@@ -260,11 +261,11 @@ class _Run:
 
   def _base(self) -> dict[str, int]:
     rows = self.program.space.rows
-    missing = [r.name for r in rows if self.base not in r.options]
+    missing = [r for r in rows if self.base not in r.options]
     if missing:
       raise ValueError(
-        f'base={self.base!r} is no option of {missing[0]!r}, which has '
-        f'{list(rows[0].options)}'
+        f'base={self.base!r} is no option of {missing[0].name!r}, which has '
+        f'{list(missing[0].options)}'
       )
     return self.program.choice([r.options.index(self.base) for r in rows])
 

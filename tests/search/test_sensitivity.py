@@ -574,3 +574,17 @@ def test_an_allocation_and_its_plan_are_what_ptq_and_qat_take():
   np.testing.assert_allclose(got, model.apply(model.params, XS[0]), atol=0.05)
   with pytest.raises(ValueError, match=r"rule 'site:\^b\$' decides no site"):
     ql.ptq(lambda p, x: x @ p['a'], PARAMS, found, XS)
+
+
+@pytest.mark.parametrize('metric', ['kl', 'fisher', 'trace'])
+def test_batches_that_can_be_read_once_are_refused(metric):
+  params = {'w': jnp.eye(3)}
+  once = (x for x in [(jnp.ones((2, 3)),)] * 2)
+  with pytest.raises(TypeError, match='read several times'):
+    ql.sensitivity(
+      lambda p, x: x @ p['w'],
+      params,
+      {'w': [ql.int4(), ql.int8()]},
+      once,
+      metric,
+    )
