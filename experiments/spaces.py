@@ -34,18 +34,21 @@ class Part:
 
 
 def measured_on(config: Any, work: models.Workload) -> Part:
-  """The labelled batches that sensitivities are measured on: the first."""
-  if config.get('alternate', False):
-    return Part(work.evaluation, 0, 2 * config.batches, 2)
-  return Part(work.evaluation, 0, config.batches)
+  """The labelled batches that sensitivities are measured on."""
+  step = _step(config)
+  return Part(work.evaluation, 0, step * config.batches, step)
 
 
 def judged_on(config: Any, work: models.Workload) -> Part:
-  """The labelled batches that choices are judged on: the rest."""
-  stop = config.judged or None
-  if config.get('alternate', False):
-    return Part(work.evaluation, 1, stop, 2)
-  return Part(work.evaluation, config.batches, stop)
+  """The labelled batches that choices are judged on: others."""
+  step = _step(config)
+  start = config.batches if step == 1 else 1
+  return Part(work.evaluation, start, config.judged or None, step)
+
+
+def _step(config: Any) -> int:
+  """2 where measured and judged batches alternate."""
+  return 2 if config.get('alternate', False) else 1
 
 
 def choices(config: Any) -> dict[str, Any]:

@@ -60,26 +60,13 @@ class Simulate(Protocol):
     """
 
 
-class Product(Protocol):
-  """How a product of simulated operands is computed."""
-
-  def __call__(
-    self,
-    site: Site,
-    lhs: Any,
-    rhs: Any,
-    default: Callable[..., Any],
-    state: Mapping[str, Any],
-  ) -> Any:
-    """The product; `default(lhs, rhs)` is the traced one."""
+# How a product of simulated operands is computed: `(site, lhs, rhs, default,
+# state) -> out`, where `default(lhs, rhs)` is the product as it was traced.
+Product = Callable[[Site, Any, Any, Callable, Mapping[str, Any]], Any]
 
 
 def plainly(
-  site: Site,
-  lhs: Any,
-  rhs: Any,
-  default: Callable[..., Any],
-  state: Mapping[str, Any],
+  site: Site, lhs: Any, rhs: Any, default: Callable, state: Mapping[str, Any]
 ) -> Any:
   """The product as it was traced."""
   del site, state

@@ -20,6 +20,20 @@ def arguments(batch: Any) -> tuple[Any, ...]:
   return tuple(batch) if isinstance(batch, tuple) else (batch,)
 
 
+def check_reiterable(batches: Iterable[Any]) -> None:
+  """Refuses batches that end when they are read.
+
+  Raises:
+    TypeError: says what was found.
+  """
+  if isinstance(batches, Iterator):
+    raise TypeError(
+      'batches must be re-iterable (they are read several times), got the '
+      f'one-shot iterator {type(batches).__name__}; pass a list, or an object '
+      'with __iter__'
+    )
+
+
 def first(batches: Iterable[Any]) -> tuple[Any, ...]:
   """Arguments of the first batch.
 
@@ -38,12 +52,7 @@ def first(batches: Iterable[Any]) -> tuple[Any, ...]:
       f'calibration takes a list of batches, got {batches!r}; pass at least '
       'one batch, as [batch]'
     )
-  if isinstance(batches, Iterator):
-    raise TypeError(
-      'calibration batches must be re-iterable (they are read more than '
-      f'once), got the one-shot iterator {type(batches).__name__}; pass a '
-      'list, or an object with __iter__'
-    )
+  check_reiterable(batches)
   for batch in batches:
     return arguments(batch)
   raise ValueError(_EMPTY)

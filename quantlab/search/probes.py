@@ -45,20 +45,18 @@ class Probes:
   def _tapped(self) -> dict[str, Operand]:
     return _tapped(self.program, self._taps.repeated)
 
-  def _slots(self) -> dict[str, dict[str, jax.Array]]:
-    sites = self.program.space.plan.sites
-    return {
+  def _linearized(self, params, inputs, targets):
+    shapes = self.offsets.shapes(inputs)
+    zero = {o: jnp.zeros(s) for o, s in shapes.items()}
+    tapped, sites = self._tapped, self.program.space.plan.sites
+    slots = {
       name: {
         k: jnp.zeros((*sites[name].loops, *x.shape), x.dtype)
         for k, x in self._taps.shapes[name].items()
       }
-      for name in self._tapped
+      for name in tapped
     }
-
-  def _linearized(self, params, inputs, targets):
-    shapes = self.offsets.shapes(inputs)
-    zero = {o: jnp.zeros(s) for o, s in shapes.items()}
-    slots, within = self._slots(), set(self._tapped.values())
+    within = set(tapped.values())
     loss = self.offsets.loss(params, inputs, targets)
 
     def backward(offsets):

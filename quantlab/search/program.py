@@ -33,13 +33,6 @@ class Inputs:
   batches: Iterable[Any]
   targets: int
 
-  def __post_init__(self):
-    if iter(self.batches) is self.batches:
-      raise TypeError(
-        'batches are read several times, and an iterator such as a generator '
-        'only once; give a list, or an object whose __iter__ starts anew'
-      )
-
   def __iter__(self) -> Iterator[tuple[Any, ...]]:
     for i, batch in enumerate(self.batches):
       yield split(batch, self.targets, i)[0]

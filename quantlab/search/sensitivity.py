@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from quantlab import runtime
+from quantlab.calibration import batches as batches_lib
 from quantlab.quality import metric as metrics
 from quantlab.search import (
   curvature,
@@ -147,6 +148,7 @@ def sensitivity(
     raise ValueError(
       f'of={of!r} has no derivative at 0; use one of {objectives.SMOOTH}'
     )
+  batches_lib.check_reiterable(batches)
   inputs = Inputs(batches, task.targets)
   first = next(iter(inputs), None)
   if first is None:

@@ -206,12 +206,9 @@ struct Few {
                                     plan.unpack, row, count, n, columns, copied,
                                     unpacked);
       w.p = c.p, w.stride = c.stride;
-      if (n < whole) {
-        const int64_t lines = columns / 64;
-        w.ahead = {c.p + plan.ahead * c.stride, c.stride, lines, lines, count};
-      } else {
-        w.ahead = {};
-      }
+      const int64_t lines = columns / 64;
+      w.ahead = {c.p + plan.ahead * c.stride, c.stride, lines, lines,
+                 n < whole ? count : 0};
       w.sums = sums + (n - n0) * rows, w.y = y + (n - n0) * rows;
       const bool here = fused && columns % kWidth == 0;
       w.scale = here ? a.scale + g * a.n + n : nullptr;

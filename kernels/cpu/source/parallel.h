@@ -37,7 +37,8 @@ inline void* scratch(int slot, int64_t size) {
 class Waiting {
  public:
   // Gives a job to a thread that waits, or null: none does.
-  const void* give(const std::function<void()>& work) {
+  template <typename Work>
+  const void* give(const Work& work) {
     if (threads_.load() == 0) return nullptr;
     auto* const mine = new std::function<void()>(work);
     Job none = nullptr;
@@ -104,7 +105,7 @@ void parallel(Pool& pool, int64_t threads, int64_t count, const Task& task) {
   };
   const void* const given = waiting.give(work);
   for (int64_t i = given ? 2 : 1; i < threads; ++i)
-    pool.Schedule([work]() mutable {
+    pool.Schedule([work] {
       work();
       waiting.wait();
     });
