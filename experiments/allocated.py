@@ -1,90 +1,40 @@
 """Allocations, quantized by encoders and judged.
 
-What an encoder makes of a weight depends here on its own format and on the
-float model's inputs alone, not on what the weights before it became (as in
-`ql.ptq`, whose walk hands on the quantized stream). So every weight is encoded
-once a format, and serves every allocation that gives it that format.
+Weights are encoded on the float model's inputs (see `search.Encoded`): every
+one once a format, which serves every allocation that gives it that format.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-import quantlab as ql
 from experiments import spaces, variants
 from quantlab import models, quality, runtime, search
-from quantlab.calibration import ranges
-from quantlab.graph import tracing
 from quantlab.ptq.transform import Encoder
 
 
-def on_floats(member: Encoder, work: models.Workload, plan: ql.Plan) -> Encoder:
-  """The encoder with statistics of the float stream for every weight.
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+  """What encodes, as `search.Encoded` takes it.
 
-  Args:
-    member: an encoder.
-    work: the model, with the calibration set.
-    plan: any plan of the space that quantizes all of its weights.
-
-  Raises:
-    ConfigError: a site of the model lies in a scan, whose layers the encoder
-      would have to take one by one.
+  Attributes:
+    encoder: a member of a chain.
+    batches: what it reads.
+    key: for what is random.
   """
-  sites = _sites(work, plan)
-  stats: Mapping[str, Any] = {}
-  if member.observe is not None:
-    scanned = [s.id for s in plan.quantized.values() if s.loops]
-    if scanned:
-      raise variants.ConfigError(
-        f'{member.name} takes no sites in a scan here: {scanned[:3]}; '
-        "use encoders=('rtn',)"
-      )
-    observer = member.observe(plan)
-    stats = ranges.stream(
-      ql.observe(work.apply, observer, plan, quantize=False),
-      work.params,
-      work.calibration,
-      observer,
-    )
 
-  def encode(target, stat, key):
-    del stat
-    site = sites.get(target.name)
-    mine = stats.get(site.id) if site is not None else None
-    return member.encode(dataclasses.replace(target, site=site), mine, key)
-
-  return Encoder(member.name, encode)
+  encoder: Encoder
+  batches: Any
+  key: jax.Array
 
 
-def _sites(work: models.Workload, plan: ql.Plan) -> dict[str, Any]:
-  """The product of each weight that is in one product alone."""
-  traced, *_ = tracing.Tracer(work.apply)(work.params, work.example, {})
-  found: dict[str, list[Any]] = {}
-  for site in traced.analysis.sites:
-    planned = plan.quantized.get(site.id)
-    for name in {site.id, *planned.paths} if planned else ():
-      found.setdefault(name, []).append(site)
-  return {
-    k: v[0] for k, v in found.items() if len(v) == 1 and v[0].kind != 'gather'
-  }
-
-
-def encoding(config: Any, work: models.Workload, label: str) -> Callable:
-  """`plan -> variables` by 'encoder/seed', see `search.Encoded`."""
+def encoding(config: Any, work: models.Workload, label: str) -> Encoding:
+  """Of 'encoder/seed'."""
   name, seed = label.split('/')
   drawn = _drawn(config, work, int(seed))
-  plan = spaces.space(config, work).columns[0]
-  member = on_floats(encoder(name), drawn, plan)
-
-  def encode(plan):
-    key = jax.random.key(int(seed))
-    return ql.ptq(
-      work.apply, work.params, plan, drawn.calibration, member, key=key
-    ).params
-
-  return encode
+  return Encoding(encoder(name), drawn.calibration, jax.random.key(int(seed)))
 
 
 def tables(
@@ -106,14 +56,14 @@ def tables(
     file = f'tables_{name}.json'
     kept = folder.read_json(file, {})
     todo = {mark: base for mark, base in bases.items() if mark not in kept}
-    encode = encoding(config, work, f'{name}/0') if reads and todo else None
+    how = encoding(config, work, f'{name}/0') if reads and todo else None
     for mark, base in todo.items():
-      made = spaces.direct_tables(config, work, encode, base)
+      made = spaces.direct_tables(config, work, how, base)
       kept[mark] = {k: t.to_json() for k, t in made.items()}
       folder.write_json(file, kept)
     for mark, group in kept.items():
-      for metric, table in group.items():
-        found[metric + mark] = search.Table.from_json(table)
+      tables = spaces.read_tables(file, group, work)
+      found |= {metric + mark: table for metric, table in tables.items()}
   return found
 
 
@@ -143,7 +93,8 @@ def judge(
     todo = [n for n in found if f'q/{n}/{label}' not in folder.metrics]
     if not todo:
       continue
-    program = search.Encoded(plain, encoding(config, work, label))
+    how = encoding(config, work, label)
+    program = search.Encoded(plain, how.encoder, how.batches, how.key)
     apply = apply or program.simulated()
     measured: dict[tuple[int, ...], dict[str, Any]] = {}
     for name in todo:

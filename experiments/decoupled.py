@@ -1,11 +1,35 @@
 """Allocations whose sites are scored by two metrics (MixDQ)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import spaces, variants
 from quantlab import models, runtime, search
 from quantlab.search import objectives
+
+
+def check(config: Any, table: search.Table, metrics: Sequence[str]) -> None:
+  """Whether the groups of a config divide the rows of a table.
+
+  Raises:
+    ConfigError: an unknown metric, a pattern that finds nothing, groups that
+      overlap or are not all rows.
+  """
+  if not config.groups:
+    return
+  where = f'groups={config.groups!r}'
+  try:
+    parts = [table.select(pattern) for pattern, _ in config.groups]
+    names = [r.name for r in search.joined(parts).rows]
+  except ValueError as error:
+    raise variants.ConfigError(f'{where}: {error}') from error
+  for _, metric in config.groups:
+    variants.check_name('metric', metric.split('.')[0], tuple(metrics))
+  left = [r.name for r in table.rows if r.name not in names]
+  if left:
+    raise variants.ConfigError(
+      f'{where} leave out {left[:3]}; between them they must find every row'
+    )
 
 
 def allocations(
@@ -22,23 +46,12 @@ def allocations(
     work: the model; how a budget is divided is decided by the loss (or its
       stand-in, see `objectives.default`) on the batches of the tables.
     tables: by metric.
-
-  Raises:
-    ConfigError: an unknown metric, or groups that are not all rows.
   """
   if not config.groups:
     return {}
-  for _, metric in config.groups:
-    variants.check_name('metric', metric, tuple(tables))
   groups = [tables[m].floored().select(p) for p, m in config.groups]
   whole = tables[config.groups[0][1]]
   names = [r.name for table in groups for r in table.rows]
-  left = [r.name for r in whole.rows if r.name not in names]
-  if left:
-    raise variants.ConfigError(
-      f'groups={config.groups!r} leave out {left[:3]}; between them they must '
-      'find every row'
-    )
   kept = folder.read_json('decoupled.json', {})
   if todo := [option for option in config.budgets if option not in kept]:
     measure = _loss(config, work)

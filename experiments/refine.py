@@ -17,7 +17,7 @@ from absl import app, flags, logging
 
 import quantlab as ql
 from experiments import command_line, sensitivity, spaces, variants
-from quantlab import report, search
+from quantlab import report, runtime, search
 from quantlab.report import plots, search_plots
 from quantlab.runtime import files
 from quantlab.search import objectives, study
@@ -47,8 +47,10 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
     raise variants.ConfigError(
       f'{workdir!r} has no tables.json: run experiments.search there first'
     ) from None
-  variants.check_name('metric', metric, tuple(kept))
-  table = search.additive(search.Table.from_json(kept[metric]))
+  runtime.check_owner(workdir, config.to_dict())
+  tables = spaces.read_tables(f'{workdir}/tables.json', kept, work)
+  variants.check_name('metric', metric, tuple(tables))
+  table = search.additive(tables[metric])
   objective = objectives.default(work.metric)
   program = spaces.program(config, work)
   measure = search.Measure(
@@ -107,7 +109,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
       values.sampler,
       values.metric,
     )
-  except (variants.ConfigError, ValueError) as error:
+  except ValueError as error:
     sys.exit(f'error: {error}')
 
 

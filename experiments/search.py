@@ -26,7 +26,7 @@ from experiments import (
   spaces,
   variants,
 )
-from quantlab import report, runtime, search
+from quantlab import models, report, runtime, search
 from quantlab.report import plots, search_plots
 
 
@@ -62,6 +62,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
   work = spaces.workload(config)
   if work is None:
     return {}
+  check(config, work)
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
     tables = spaces.tables(folder, config, work)
     tables |= allocated.tables(folder, config, work)
@@ -78,19 +79,55 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     return dict(folder.metrics.values)
 
 
+def check(config: Any, work: models.Workload) -> None:
+  """Refuses, before anything is measured, what could not be solved after.
+
+  Raises:
+    ConfigError: an unknown option, cost, metric, encoder or method; groups
+      that do not divide the rows; no measured seconds of a product.
+  """
+  try:
+    table = spaces.unmeasured(config, work)
+    for option in config.budgets:
+      table.uniform(option)
+  except ValueError as error:
+    raise variants.ConfigError(str(error)) from error
+  variants.check_name('cost', config.cost, tuple(table.costs))
+  for pair in config.allocations:
+    if isinstance(pair, str) or len(pair) != 2:
+      raise variants.ConfigError(
+        f'allocations={config.allocations!r}: expected pairs of a table and a '
+        f"method such as ('kl', 'dp'), got {pair!r}"
+      )
+    name, method = pair
+    metric, *encoder = name.removesuffix('@').split('.')
+    variants.check_name('metric', metric, search.METRICS)
+    for each in encoder:
+      allocated.encoder(each)
+    variants.check_name('method', method, search.METHODS)
+  for each in config.encoders:
+    allocated.encoder(each)
+  decoupled.check(config, table, spaces.metrics(config, work))
+
+
 def allocations(
   config: Any, tables: dict[str, search.Table]
 ) -> dict[str, search.Allocation]:
-  """By budget and method; the costs of uniform ones are the budgets."""
+  """By budget and method; the costs of uniform ones are the budgets.
+
+  What has no table here (its metric or encoder is not in the config, or the
+  task has no such metric) is said and left out.
+  """
   found = {}
+  absent: dict[str, None] = {}
   first = next(iter(tables.values()))
-  variants.check_name('cost', config.cost, tuple(first.costs))
   for option in config.budgets:
     uniform = search.Allocation(first, first.uniform(option), 'uniform', {})
     found[f'{option}/uniform'] = uniform
     for metric, method in config.allocations:
       here = metric + option if metric.endswith('@') else metric
       if here not in tables:
+        absent[f'{metric}-{method} (no such table)'] = None
         continue
       table = tables[here]
       # Where zero is no change; around an option, less is better than nothing.
@@ -99,6 +136,7 @@ def allocations(
       if method != 'quadratic':  # the others know sums alone
         table = search.additive(table)
       elif table.interactions is None:
+        absent[f'{metric}-quadratic (no interactions)'] = None
         continue
       draws = range(config.get('draws', 1) if method == 'random' else 1)
       for draw in draws:
@@ -109,6 +147,8 @@ def allocations(
           method,
           seed=config.seed + draw,
         )
+  if absent:
+    print('not solved, for want of a measurement:', ', '.join(absent))
   return found
 
 
@@ -175,7 +215,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise app.UsageError('--config and --workdir are needed')
   try:
     run(values.config, values.workdir)
-  except (variants.ConfigError, runtime.WorkdirError) as error:
+  except ValueError as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     print('stopped; the same command goes on from here', file=sys.stderr)

@@ -217,7 +217,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise app.UsageError('--config and --workdir are needed')
   try:
     run(values.config, values.workdir)
-  except (variants.ConfigError, runtime.WorkdirError) as error:
+  except ValueError as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     print('stopped; the same command goes on from here', file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from experiments import steps, variants
 from quantlab import models, runtime, search
 from quantlab.runtime import files
 from quantlab.search import objectives
+from quantlab.search import program as program_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,16 +77,55 @@ def tables(
   """The table of every metric: read where they are, else measured and kept."""
   kept = folder.read_json('tables.json')
   if kept is not None:
-    found = {k: search.Table.from_json(v) for k, v in kept.items()}
-    for table in found.values():
-      table.check_model(runtime.fingerprint(work.params))
-    return found
+    return read_tables('tables.json', kept, work)
   names = metrics(config, work)
   with runtime.timed() as timer:
     found = _measure(config, work, names)
   folder.write_json('tables.json', {k: t.to_json() for k, t in found.items()})
   folder.write_json('seconds.json', {'tables': timer.seconds})
   return found
+
+
+def read_tables(
+  file: str, kept: Any, work: models.Workload
+) -> dict[str, search.Table]:
+  """Tables that a file holds.
+
+  Raises:
+    ConfigError: they are no tables, or of another model.
+  """
+  mine = runtime.fingerprint(work.params)
+  try:
+    found = {k: search.Table.from_json(v) for k, v in dict(kept).items()}
+    for table in found.values():
+      table.check_model(mine)
+  except (TypeError, ValueError) as error:
+    raise variants.ConfigError(
+      f'{file} cannot be used: {error}. Remove it to measure again'
+    ) from error
+  return found
+
+
+def unmeasured(config: Any, work: models.Workload) -> search.Table:
+  """The table of a search with its costs, and zero for all that is measured.
+
+  What a config asks for can be tried on it before anything is measured.
+  """
+  inputs, _ = program_lib.split(
+    next(iter(measured_on(config, work))), work.metric.targets
+  )
+  found = search.space(
+    *(work.apply, work.params, choices(config), *inputs),
+    ties=config.get('ties', ()),
+    costs=costs(config),
+  )
+  zeros = tuple(np.zeros(len(r.options)) for r in found.rows)
+  return search.Table(
+    *(found.rows, zeros, zeros, found.costs, '', ''),
+    fixed=found.fixed,
+    kept=found.kept,
+    layers=found.layers,
+  )
 
 
 def _measure(
@@ -105,12 +145,17 @@ def _measure(
 def direct_tables(
   config: Any,
   work: models.Workload,
-  encode: Callable | None = None,
+  how: Any = None,
   base: str | None = None,
 ) -> dict[str, search.Table]:
-  """Tables of what is run; of weights that were encoded, if they are.
+  """Tables of what is run.
 
-  Around an option they are of the metrics in `config.around` alone.
+  Args:
+    config: of the search.
+    work: the model.
+    how: an `allocated.Encoding`, for weights that an encoder makes.
+    base: an option, to measure around it, by the metrics in `config.around`
+      alone.
   """
   names = tuple(
     n
@@ -119,8 +164,9 @@ def direct_tables(
   )
   if not names:
     return {}
+  more = {'encode': how.encoder, 'calibration': how.batches} if how else {}
   return _sensitivity(
-    config, work, measured_on(config, work), names, encode=encode, base=base
+    config, work, measured_on(config, work), names, base=base, **more
   )
 
 
@@ -138,7 +184,7 @@ def _sensitivity(config, work, batches, names, **more):
     probes=config.probes,
     iterations=config.iterations,
     key=jax.random.key(config.seed),
-    **more,
+    **{'calibration': work.calibration, **more},
   )
 
 
@@ -149,7 +195,7 @@ def costs(config: Any) -> dict[str, Any]:
   try:
     data = files.read_json(config.latency)
     return {'latency': ql.cost.LatencyTable.from_json(data['latency'])}
-  except (OSError, KeyError, ValueError) as error:
+  except (OSError, KeyError, TypeError, ValueError) as error:
     raise variants.ConfigError(
       f'latency={config.latency!r} holds no measured latencies '
       f'({type(error).__name__}: {error}); configs/bench/latency.py makes them'

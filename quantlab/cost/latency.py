@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +26,11 @@ class LatencyTable:
   seconds: Mapping[str, float]
 
   def __post_init__(self):
-    wrong = {
-      k: v for k, v in self.seconds.items() if not (math.isfinite(v) and v >= 0)
-    }
+    if not isinstance(self.seconds, Mapping) or not self.seconds:
+      raise ValueError(
+        f'a latency table is {{product: seconds}}, got {self.seconds!r}'
+      )
+    wrong = {k: v for k, v in self.seconds.items() if not _is_time(v)}
     if wrong:
       raise ValueError(
         f'seconds of {self.device!r} must be finite and not negative, found '
@@ -75,7 +78,15 @@ class LatencyTable:
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> LatencyTable:
-    return cls(data['device'], dict(data['seconds']))
+    """Undoes `to_json`.
+
+    Raises:
+      ValueError: it is no latency table.
+    """
+    try:
+      return cls(data['device'], data['seconds'])
+    except (KeyError, TypeError) as error:
+      raise ValueError(f'this is no latency table: {error!r}') from error
 
 
 def roofline(
@@ -110,6 +121,11 @@ def roofline(
     compute = site.macs / macs_per_second[site.compute]
     found[name] = max(found[name], compute)
   return found
+
+
+def _is_time(seconds: Any) -> bool:
+  number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
+  return number and math.isfinite(seconds) and seconds >= 0
 
 
 def _name(quantizer: Quantizer | None) -> str:

@@ -105,7 +105,7 @@ class Local:
     return facts
 
   def _keep(self, kind, target: Target, stat, encoder) -> dict[str, Any]:
-    q, facts = encoder.encode(target, stat, self.ctx.key)
+    q, facts = encoder(target, stat, self.ctx.key)
     self.entries[kind, target.name, target.layer] = q
     layer = ''.join(f'[{i}]' for i in target.layer)
     return {target.name + layer: facts} if facts else {}

@@ -76,12 +76,15 @@ def ptq(
 
   Raises:
     ValueError: see `ql.plan` and `ql.chain`; calibration is empty, changes
-      its shape or is not finite; a weight is not finite; `workdir` holds
-      the walk of another run (every difference is named).
+      its shape or is not finite; a weight is not finite; an allocation was
+      measured on other parameters; `workdir` holds the walk of another run
+      (every difference is named).
     OSError: `workdir` cannot be written; what was kept stays whole.
   """
   members = chain(transform)
   _check_key(key)
+  if hasattr(recipe, 'check_params'):  # an allocation, measured on one model
+    recipe.check_params(params)
   args = batches_lib.first(batches)
   call = layering.resolve(apply, params, as_recipe(recipe), args, {})
   made = make_plan(call.traced, call.leaves, call.inputs, call.recipe)

@@ -40,7 +40,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
+from quantlab.core import QTensor
 from quantlab.graph import tracing
 from quantlab.graph.sites import Site
 from quantlab.plan import Plan, Storage
@@ -201,6 +203,24 @@ class Encoder:
   observe: Callable[[Plan], Any] | None = None
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   phase: str = dataclasses.field(default='encode', init=False)
+
+  def __call__(
+    self, target: Target, stat: Any, key: Any
+  ) -> tuple[QTensor, dict[str, Any]]:
+    """`encode`, checked.
+
+    Raises:
+      ValueError: the codes are not what the plan stores.
+    """
+    made, facts = self.encode(target, stat, key)
+    found = getattr(made, 'quantizer', type(made).__name__), jnp.shape(made)
+    wanted = target.storage.quantizer, jnp.shape(target.weight)
+    if found != wanted:
+      raise ValueError(
+        f'{self.name} makes {found[0]} {found[1]} of the weight of '
+        f'{target.name!r}; the plan stores {wanted[0]} {wanted[1]}'
+      )
+    return made, facts
 
 
 Member = Transform | Encoder | Tuner

@@ -63,10 +63,10 @@ def encode_all(ctx: Context, encoder: Encoder) -> Encoded:
   coded, effective = {}, {}
   for path, storage in plan.leaves.items():
     target = Target(path, None, params[path], storage)
-    coded[path], _ = encoder.encode(target, None, ctx.key)
+    coded[path], _ = encoder(target, None, ctx.key)
   for name, stat in found.items():
     target = Target(name, None, stat['weight'], plan.effective[name])
-    effective[name], _ = encoder.encode(target, None, ctx.key)
+    effective[name], _ = encoder(target, None, ctx.key)
   shifts = {k: s['shift'] for k, s in found.items() if 'shift' in s}
   return Encoded(coded, effective, shifts, params, {}, {})
 

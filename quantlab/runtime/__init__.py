@@ -11,3 +11,4 @@ from quantlab.runtime.usage import peak_bytes as peak_bytes
 from quantlab.runtime.usage import timed as timed
 from quantlab.runtime.workdir import Workdir as Workdir
 from quantlab.runtime.workdir import WorkdirError as WorkdirError
+from quantlab.runtime.workdir import check_owner as check_owner

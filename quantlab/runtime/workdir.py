@@ -50,11 +50,11 @@ class Workdir:
       if self._writes:
         _make_writable(self.path)
         self._lock = _lock(self.path)
-        self.resumed = self._check_owner()
+        self.resumed = check_owner(self.path, config)
         self._sign(seed)
       checkpoint.barrier(f'signed {self.path}')
       if not self._writes:  # what the first process has just signed
-        self.resumed = self._check_owner()
+        self.resumed = check_owner(self.path, config)
       self.metrics = metrics.Metrics(self.path)
     except BaseException:
       self._unlock()
@@ -90,26 +90,6 @@ class Workdir:
     """Sets one key of a JSON object."""
     self.write_json(name, self.read_json(name, {}) | {key: value})
 
-  def _check_owner(self) -> bool:
-    """Whether the folder holds an earlier run of this config."""
-    path = self.path / 'config.json'
-    if not path.exists():
-      others = [p.name for p in self.path.iterdir() if p.name[0] != '.']
-      if others:
-        raise WorkdirError(
-          f'{os.fspath(self.path)!r} holds {sorted(others)[:3]} but no '
-          'config.json: it is not a workdir. Give an empty or a new folder.'
-        )
-      return False
-    lines = manifest.differences(files.read_json(path), self._config)
-    if lines:
-      shown = '\n  '.join(lines[:10] + ['...'] * (len(lines) > 10))
-      raise WorkdirError(
-        f'{os.fspath(self.path)!r} belongs to a run of another config:\n'
-        f'  {shown}\nGive another --workdir, or the config it was made with.'
-      )
-    return True
-
   def _sign(self, seed: int | None) -> None:
     """Writes who made this: the config, and the manifest of every session."""
     if not self.resumed:
@@ -129,6 +109,32 @@ class Workdir:
     if self._lock is not None:
       os.close(self._lock)  # closing releases the lock, as would dying
       self._lock = None
+
+
+def check_owner(path: epath.PathLike, config: Mapping[str, Any]) -> bool:
+  """Whether a folder holds an earlier run of this config.
+
+  Raises:
+    WorkdirError: it holds something else, or the run of another config.
+  """
+  folder = epath.Path(path)
+  file = folder / 'config.json'
+  if not file.exists():
+    others = [p.name for p in folder.iterdir() if p.name[0] != '.']
+    if others:
+      raise WorkdirError(
+        f'{os.fspath(folder)!r} holds {sorted(others)[:3]} but no '
+        'config.json: it is not a workdir. Give an empty or a new folder.'
+      )
+    return False
+  lines = manifest.differences(files.read_json(file), files.to_jsonable(config))
+  if lines:
+    shown = '\n  '.join(lines[:10] + ['...'] * (len(lines) > 10))
+    raise WorkdirError(
+      f'{os.fspath(folder)!r} belongs to a run of another config:\n'
+      f'  {shown}\nGive another --workdir, or the config it was made with.'
+    )
+  return True
 
 
 def _same(now: Mapping[str, Any], session: Mapping[str, Any]) -> bool:

@@ -1,11 +1,13 @@
 """Which format each site gets: what it would do, what it costs, the choice."""
 
+from quantlab.search.allocate import METHODS as METHODS
 from quantlab.search.allocate import Allocation as Allocation
 from quantlab.search.allocate import allocate as allocate
 from quantlab.search.allocate import pareto as pareto
 from quantlab.search.bisection import Bisection as Bisection
 from quantlab.search.bisection import bisect as bisect
 from quantlab.search.decoupled import decoupled as decoupled
+from quantlab.search.decoupled import joined as joined
 from quantlab.search.distill import batch_norms as batch_norms
 from quantlab.search.distill import distill as distill
 from quantlab.search.encoded import Encoded as Encoded

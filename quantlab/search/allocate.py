@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from quantlab import runtime
 from quantlab.recipe import Entry, Recipe, by_layer
 from quantlab.search import baselines, knapsack, milp, quadratic
 from quantlab.search.table import Table, check_name
@@ -31,6 +32,17 @@ class Allocation:
   choice: tuple[int, ...]
   method: str
   budgets: Mapping[str, float]
+
+  def __post_init__(self):
+    self.table.check_choice(self.choice)
+
+  def check_params(self, params: Any) -> None:
+    """Refuses other parameters than the table was measured on.
+
+    `ql.ptq` asks it. A table that was made by hand names no model.
+    """
+    if self.table.model:
+      self.table.check_model(runtime.fingerprint(params))
 
   @property
   def value(self) -> float:
@@ -90,12 +102,17 @@ class Allocation:
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> Allocation:
-    return cls(
-      Table.from_json(data['table']),
-      tuple(data['choice']),
-      data['method'],
-      dict(data['budgets']),
-    )
+    """Undoes `to_json`.
+
+    Raises:
+      ValueError: it is no allocation.
+    """
+    try:
+      table, choice = data['table'], data['choice']
+      method, budgets = data['method'], dict(data['budgets'])
+    except (KeyError, TypeError) as error:
+      raise ValueError(f'this is no allocation: {error!r}') from error
+    return cls(Table.from_json(table), tuple(choice), method, budgets)
 
   def __repr__(self) -> str:
     costs = ', '.join(f'{k} {v:,.6g}' for k, v in self.costs.items())
@@ -115,26 +132,33 @@ def allocate(
   Args:
     table: what `ql.sensitivity` measured.
     budget: limits of whole costs by name; a number is the limit of 'bytes'.
-    method: 'dp' exact, one budget (the default there); 'milp' exact, several
-      budgets (the default there); 'quadratic' with the table's interactions;
-      'greedy' and 'random' as baselines.
+    method: 'quadratic' for a table with interactions (the default there), by
+      local search. For others, or for `search.additive(table)`: 'dp' exact,
+      one budget (the default there); 'milp' exact, several budgets (the
+      default there); 'greedy'. 'random' as a baseline for all.
     ties: groups of rows or sites that take one option.
     seed: of 'random'.
 
   Raises:
-    ValueError: an unknown method or cost, a budget below the smallest
-      reachable cost (which is named), tied rows of different options, a row
-      all of whose options failed (NaN).
+    ValueError: an unknown method or cost, a method that would ignore the
+      table's interactions, a budget below the smallest reachable cost (which
+      is named), tied rows of different options, a row all of whose options
+      failed (NaN).
+    TypeError: no table.
   """
-  budgets = dict(budget) if isinstance(budget, Mapping) else {'bytes': budget}
-  if not budgets:
+  _check_table('allocate', table)
+  given = dict(budget) if isinstance(budget, Mapping) else {'bytes': budget}
+  if not given:
     raise ValueError('allocate needs a budget, such as {"bytes": 50_000}')
-  method = method or ('dp' if len(budgets) == 1 else 'milp')
-  check_name('method', method, METHODS)
-  for name, limit in budgets.items():
+  for name in given:
     check_name('cost', name, table.costs)
-    if not isinstance(limit, int | float) or math.isnan(limit):
-      raise ValueError(f'the budget of {name!r} is a number, got {limit!r}')
+  budgets = {name: _number(name, limit) for name, limit in given.items()}
+  additive = 'dp' if len(budgets) == 1 else 'milp'
+  if method is None:
+    method = additive if table.interactions is None else 'quadratic'
+  check_name('method', method, METHODS)
+  if method not in ('quadratic', 'random'):
+    _refuse_interactions(f'method={method!r}', table)
   groups = list(ties)
   table = table.tied(groups) if groups else table
   limits = _limits(table, budgets)
@@ -143,22 +167,64 @@ def allocate(
 
 
 def pareto(table: Table, cost: str = 'bytes') -> knapsack.Front:
-  """The best value at every cost; costs include what is not decided."""
+  """The best value at every cost; costs include what is not decided.
+
+  Raises:
+    ValueError: an unknown cost; a table with interactions, whose front no
+      exact method here finds; a row all of whose options failed (NaN).
+    TypeError: no table.
+  """
+  _check_table('pareto', table)
   check_name('cost', cost, table.costs)
+  _refuse_interactions('pareto', table)
+  _refuse_failed(table)
   found = knapsack.front(table.values, table.costs[cost])
   return dataclasses.replace(
     found, cost=found.cost + table.fixed.get(cost, 0.0)
   )
 
 
-def _limits(table: Table, budgets: Mapping[str, float]) -> dict[str, float]:
-  """Budgets of the rows alone; refuses those that nothing can meet."""
+def _check_table(name: str, table: Any) -> None:
+  if isinstance(table, Mapping):
+    raise TypeError(
+      f'{name} takes one table, got those of {list(table)}: pass one of them'
+    )
+  if not isinstance(table, Table):
+    raise TypeError(f'{name} takes a search.Table, got {table!r}')
+
+
+def _number(name: str, limit: Any) -> float:
+  """A budget: any real number, a scalar array too."""
+  scalar = np.ndim(limit) == 0 and not isinstance(limit, bool | np.bool_ | str)
+  try:
+    found = float(limit) if scalar else math.nan
+  except TypeError:
+    found = math.nan
+  if math.isnan(found):
+    raise ValueError(f'the budget of {name!r} is a number, got {limit!r}')
+  return found
+
+
+def _refuse_interactions(what: str, table: Table) -> None:
+  if table.interactions is not None:
+    raise ValueError(
+      f"{what} minimizes a sum, and this table has interactions: 'quadratic' "
+      'counts them, search.additive(table) is the table without'
+    )
+
+
+def _refuse_failed(table: Table) -> None:
   for row, value in zip(table.rows, table.values, strict=True):
     if not np.isfinite(value).any():
       raise ValueError(
         f'every option of row {row.name!r} failed: {row.options} have the '
         f'values {value.tolist()}'
       )
+
+
+def _limits(table: Table, budgets: Mapping[str, float]) -> dict[str, float]:
+  """Budgets of the rows alone; refuses those that nothing can meet."""
+  _refuse_failed(table)
   limits = {}
   for name, limit in budgets.items():
     fixed = table.fixed.get(name, 0.0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from quantlab.search.table import Table
+from quantlab.search.table import Table, check_name
 
 Choice = tuple[int, ...]
 
@@ -54,8 +54,10 @@ def bisect(
     cost: by which options are cheap.
 
   Raises:
-    ValueError: not even the dearest options reach the target.
+    ValueError: an unknown cost; not even the dearest options reach the
+      target.
   """
+  check_name('cost', cost, table.costs)
   ranks = [np.argsort(c, kind='stable') for c in table.costs[cost]]
   choice = [int(r[-1]) for r in ranks]
   seen: dict[Choice, float] = {}

@@ -3,20 +3,90 @@
 `Program` rounds weights as it runs. Here they were encoded before (by GPTQ,
 say), every weight in every format once, and a choice picks among them: tables
 and plans of any encoder run through one compiled function.
+
+What becomes of a weight depends here on its own format and on the float
+model's inputs alone, not on what the weights before it became (as in `ql.ptq`,
+whose walk hands on the quantized stream): so codes that were made column by
+column serve every choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from quantlab import handlers
+from quantlab import handlers, rewrites
+from quantlab.calibration import batches as batches_lib
+from quantlab.calibration import ranges
 from quantlab.core.tree import named_leaves
+from quantlab.graph import tracing
+from quantlab.plan import Plan
+from quantlab.ptq.run import ptq
+from quantlab.ptq.transform import Encoder
 from quantlab.search.program import Operand, Program, State
 from quantlab.search.simulate import kind
+
+
+def on_floats(
+  encoder: Encoder,
+  apply: Callable,
+  params: Any,
+  plan: Plan,
+  batches: Iterable[Any],
+) -> Encoder:
+  """The encoder with statistics of the float stream for every weight.
+
+  Args:
+    encoder: a member of a chain, such as `ql.gptq()`.
+    apply, params: the float model.
+    plan: one that quantizes every weight that the encoder will see.
+    batches: re-iterable calibration batches.
+
+  Raises:
+    ValueError: a site of the model lies in a scan, whose layers an encoder
+      that reads data would have to take one by one.
+  """
+  if encoder.observe is None:
+    return encoder
+  scanned = [s.id for s in plan.quantized.values() if s.loops]
+  if scanned:
+    raise ValueError(
+      f'{encoder.name} takes no sites in a scan here, and the model has '
+      f'{scanned[:3]}; encode= takes ql.rtn() for them'
+    )
+  sites = _sites(apply, params, plan, batches_lib.first(batches))
+  observer = encoder.observe(plan)
+  stats = ranges.stream(
+    rewrites.observe(apply, observer, plan, quantize=False),
+    params,
+    batches,
+    observer,
+  )
+
+  def encode(target, stat, key):
+    del stat
+    site = sites.get(target.name)
+    mine = stats.get(site.id) if site is not None else None
+    return encoder(dataclasses.replace(target, site=site), mine, key)
+
+  return Encoder(encoder.name, encode)
+
+
+def _sites(apply, params, plan: Plan, args) -> dict[str, Any]:
+  """The product of each weight that is in one product alone."""
+  traced, *_ = tracing.Tracer(apply)(params, args, {})
+  found: dict[str, list[Any]] = {}
+  for site in traced.analysis.sites:
+    planned = plan.quantized.get(site.id)
+    for name in {site.id, *planned.paths} if planned else ():
+      found.setdefault(name, []).append(site)
+  return {
+    k: v[0] for k, v in found.items() if len(v) == 1 and v[0].kind != 'gather'
+  }
 
 
 class Encoded(Program):
@@ -24,19 +94,35 @@ class Encoded(Program):
 
   Args:
     program: the program, whose static ranges are taken over.
-    encode: `plan -> variables` of a quantized model, such as
-      `lambda plan: ql.ptq(apply, params, plan, batches, ql.gptq()).params`.
-      Called once for each column of the space; for a choice that mixes
-      columns to be what `encode` would make of it, codes of a weight must not
-      depend on the formats of others.
+    encoder: makes the codes, such as `ql.gptq()`.
+    batches: re-iterable calibration batches, without targets.
+    key: for what is random.
 
   Raises:
-    ValueError: a folded weight lies in a loop.
+    ValueError: a folded weight lies in a loop; see `on_floats`.
+    TypeError: no encoder (a chain, or a member that changes other weights
+      too, would leave a weight that depends on the formats of others).
   """
 
-  def __init__(self, program: Program, encode: Callable[[Any], Any]):
+  def __init__(
+    self,
+    program: Program,
+    encoder: Encoder,
+    batches: Iterable[Any],
+    key: jax.Array | None = None,
+  ):
+    check(encoder)
     self.__dict__.update(program.__dict__)
-    self._stored = self._columns([encode(c) for c in program.space.columns])
+    apply, params, plan = self.apply, self.params, self.space.plan
+    made = on_floats(encoder, apply, params, plan, batches)
+    self._stored = self._columns(
+      [
+        ptq(apply, params, column, batches, made, key=key).params
+        if column.leaves or column.effective
+        else None
+        for column in self.space.columns
+      ]
+    )
 
   def simulated(
     self,
@@ -71,10 +157,15 @@ class Encoded(Program):
     return jnp.array([q is None for q in self.choices[site, 'weight']])
 
   def _columns(self, models: Sequence[Any]) -> dict[Operand, jax.Array]:
-    """(options, loops..., K, N) of every weight; zeros where it is float."""
+    """(options, loops..., K, N) of every weight; zeros where it is float.
+
+    Args:
+      models: variables of each column; None where it has no weight to encode.
+    """
     plan, found = self.space.plan, {}
     by_column = [
-      {**dict(named_leaves(m['weights'])), **m['effective']} for m in models
+      {**dict(named_leaves(m['weights'])), **m['effective']} if m else {}
+      for m in models
     ]
     homes = {home: path for path, home in plan.weight_roles.items()}
     for operand in self.operands:
@@ -105,3 +196,18 @@ class Encoded(Program):
         [jnp.zeros_like(shape) if x is None else x for x in each]
       )
     return found
+
+
+def check(encoder: Any) -> None:
+  """Refuses what does not make codes of one weight after another.
+
+  Raises:
+    TypeError: says what was found.
+  """
+  if not isinstance(encoder, Encoder):
+    raise TypeError(
+      'encode= takes one member of a chain that makes codes, such as '
+      f'ql.gptq(), got {getattr(encoder, "name", encoder)!r}: members that '
+      'change other weights too make tables of another model. Prepare the '
+      'parameters first, and measure those'
+    )

@@ -41,6 +41,7 @@ class Measure:
     self.names = tuple(names)
     self.base = program.float if base is None else base
     parts = {n: objectives.per_example(task, n) for n in names}
+    sound = objectives.sound(task)
     simulated = program.simulated()
 
     def forward(params, state, inputs):
@@ -48,7 +49,8 @@ class Measure:
 
     def contrast(params, state, inputs, targets, reference):
       outputs = forward(params, state, inputs)
-      return {n: f(reference, outputs, *targets) for n, f in parts.items()}
+      found = {n: f(reference, outputs, *targets) for n, f in parts.items()}
+      return found, sound(reference, *targets)
 
     self.forward: Callable = jax.jit(forward)
     self.contrast: Callable = jax.jit(contrast)
@@ -64,6 +66,10 @@ class Measure:
     a tenth (`configs/bench/search.py`), and `vmap` over choices computes all
     branches; the device never waits for the host, which reads results a batch
     behind.
+
+    Raises:
+      ValueError: there is no batch; the float model's outputs or loss of one
+        are not finite.
     """
     sums: list[dict[str, list]] = [{n: [] for n in self.names} for _ in choices]
     bits, params = self.program.bits, self.program.params
@@ -72,12 +78,14 @@ class Measure:
     for i, batch in enumerate(track(self.batches, 'measure')):
       inputs, targets = split(batch, self.task.targets, i)
       reference = self.forward(params, plain, inputs)
-      stats = jax.device_get(
+      found = jax.device_get(
         [
           self.contrast(params, s, inputs, targets, reference)
           for s in ([bits(self.base)] if moved else []) + states
         ]
       )
+      stats = [stat for stat, _ in found]
+      objectives.refuse_unsound(i, found[0][1])
       start = stats.pop(0) if moved else dict.fromkeys(self.names, (0, 0))
       for kept, stat in zip(sums, stats, strict=True):
         for n, (total, count) in stat.items():

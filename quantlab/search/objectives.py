@@ -43,6 +43,10 @@ def default(task: metrics.Metric) -> str:
 
 def check(task: metrics.Metric, name: str) -> str:
   """Refuses an objective that a task has not."""
+  if not isinstance(task, metrics.Metric):
+    raise TypeError(
+      f'task= takes a metric such as quality.classification, got {task!r}'
+    )
   if name not in known(task):
     raise ValueError(
       f'the task {task.name!r} has no {name!r}; it has {list(known(task))}. '
@@ -72,6 +76,38 @@ def per_example(
     return f(task, reference, outputs, targets)
 
   return run
+
+
+def sound(task: metrics.Metric) -> Callable[..., jax.Array]:
+  """`(outputs, *targets) -> bool (2,)`: outputs, and loss, are finite."""
+
+  def run(outputs, *targets):
+    found = [jnp.isfinite(outputs).all(), jnp.array(True)]
+    if 'loss' in known(task):
+      loss = task.update(outputs, *targets)['loss']
+      found[1] = jnp.isfinite(loss).all()
+    return jnp.stack(found)
+
+  return run
+
+
+def refuse_unsound(index: int, found: Sequence[bool]) -> None:
+  """Refuses a batch on which the float model itself fails.
+
+  Raises:
+    ValueError: names the batch.
+  """
+  outputs, loss = found
+  if not outputs:
+    raise ValueError(
+      f'the float model gives outputs that are not finite on batch {index}: '
+      'the batch or the parameters hold NaN or Inf, or the model overflows'
+    )
+  if not loss:
+    raise ValueError(
+      f'the loss of the float model is not finite on batch {index}, though its '
+      'outputs are: is every label one of its classes?'
+    )
 
 
 def conclude(

@@ -11,18 +11,20 @@ import numpy as np
 
 from quantlab import runtime
 from quantlab.calibration import batches as batches_lib
+from quantlab.core.tree import named_leaves
+from quantlab.ptq.transform import Encoder
 from quantlab.quality import metric as metrics
 from quantlab.search import (
   curvature,
+  encoded,
   objectives,
   relevance,
   responses,
   taylor,
 )
-from quantlab.search.encoded import Encoded
 from quantlab.search.measure import Measure
 from quantlab.search.program import Inputs, Program
-from quantlab.search.space import Cost, space
+from quantlab.search.space import Cost, Space, space
 from quantlab.search.table import Table
 
 METRICS = (
@@ -50,7 +52,8 @@ def sensitivity(
   task: metrics.Metric = metrics.unlabelled,
   of: str | None = None,
   base: str | None = None,
-  encode: Callable[[Any], Any] | None = None,
+  encode: Encoder | None = None,
+  calibration: Iterable[Any] | None = None,
   ties: Iterable[Sequence[str]] = (),
   costs: Mapping[str, Cost] | None = None,
   layers: bool = False,
@@ -100,8 +103,11 @@ def sensitivity(
     base: the option of every other row, float by default: errors add up only
       while they are small, and a table made around the option that the budget
       allows says what moves away from it do. Direct metrics alone.
-    encode: `plan -> variables`: weights are what an encoder makes of them (see
-      `search.Encoded`) and not rounded to nearest; direct metrics alone.
+    encode: weights are what this member of a chain makes of them, such as
+      `ql.gptq()` on the float model's inputs (see `search.Encoded`), and not
+      rounded to nearest; direct metrics alone.
+    calibration: re-iterable batches without targets, for static ranges and
+      for `encode`; those of `batches` by default.
     ties: groups of sites that take one option.
     costs: further costs, `plan -> {site: cost}`.
     layers: a row for each layer of a scanned site, see `search.space`.
@@ -121,21 +127,26 @@ def sensitivity(
   Raises:
     ValueError: an unknown metric, or one that the task has not;
       interactions of one that has none; nothing to choose, options in
-      conflict; no batches.
-    TypeError: batches that can be read only once.
+      conflict; no batches; outputs that are no single array; parameters,
+      outputs or losses of the float model that are not finite.
+    TypeError: batches that can be read only once; `encode` is no encoder.
   """
   names = (metric,) if isinstance(metric, str) else tuple(metric)
+  if not names:
+    raise ValueError(f'metric= names at least one of {list(METRICS)}')
   for name in names:
     if name not in METRICS:
       raise ValueError(f'unknown metric {name!r}; known: {list(METRICS)}')
     if name in objectives.DIRECT:
       objectives.check(task, name)
   derived = [n for n in names if n not in objectives.DIRECT]
-  if encode is not None and derived:
-    raise ValueError(
-      f'{derived} expand the errors of rounding; with encode= ask for what is '
-      f'run: {list(objectives.DIRECT)}'
-    )
+  if encode is not None:
+    encoded.check(encode)
+    if derived:
+      raise ValueError(
+        f'{derived} expand the errors of rounding; with encode= ask for what '
+        f'is run: {list(objectives.DIRECT)}'
+      )
   if base is not None and {'sqnr', *derived} & set(names):
     raise ValueError(
       f'{[n for n in names if n in {"sqnr", *derived}]} start at the float '
@@ -148,19 +159,26 @@ def sensitivity(
     raise ValueError(
       f'of={of!r} has no derivative at 0; use one of {objectives.SMOOTH}'
     )
+  for what, count in (('probes', probes), ('iterations', iterations)):
+    if not (isinstance(count, int) and count > 0):
+      raise ValueError(f'{what} is a positive number, got {count!r}')
   batches_lib.check_reiterable(batches)
   inputs = Inputs(batches, task.targets)
   first = next(iter(inputs), None)
   if first is None:
     raise ValueError('there is no batch to measure on; give at least one')
+  _check_outputs(apply, params, first, task)
   found = space(
     *(apply, params, choices, *first), ties=ties, costs=costs, layers=layers
   )
-  program = Program(apply, params, found, inputs)
-  if encode is not None:
-    program = Encoded(program, encode)
+  found.plan.check_finite(dict(named_leaves(params)))
+  start = None if base is None else _at(found, base)
+  given = inputs if calibration is None else calibration
   key = jax.random.key(0) if key is None else key
-  run = _Run(program, batches, task, names, of, base, key)
+  program = Program(apply, params, found, given)
+  if encode is not None:
+    program = encoded.Encoded(program, encode, given, key)
+  run = _Run(program, batches, task, names, of, start, key)
   entries, facts = run.all(probes, iterations, tolerance)
   facts['base'] = base or 'float'
   inner = run.interactions(joint)
@@ -175,6 +193,8 @@ def _interacting(
   able = tuple(n for n in names if n in INTERACTING)
   if isinstance(interactions, bool):
     return able if interactions else ()
+  if isinstance(interactions, str):
+    interactions = (interactions,)
   for name in interactions:
     if name not in able:
       raise ValueError(
@@ -182,6 +202,36 @@ def _interacting(
         'them'
       )
   return tuple(interactions)
+
+
+def _check_outputs(apply, params, inputs, task) -> None:
+  """Whether a function can be called, and gives what objectives read."""
+  try:
+    found = jax.eval_shape(apply, params, *inputs)
+  except TypeError as error:
+    raise TypeError(
+      f'apply(params, *inputs) cannot be called with the {len(inputs)} '
+      f'input(s) of a batch: {error}. Labels are no inputs where the task has '
+      f'them: task={task.name} takes {task.targets} off the end'
+    ) from error
+  shapes = [x.shape for x in jax.tree.leaves(found)]
+  if not isinstance(found, jax.ShapeDtypeStruct) or len(found.shape) < 2:
+    raise ValueError(
+      f'apply returns {jax.tree.structure(found)} of shapes {shapes}; '
+      'sensitivity needs one array (examples, ..., classes), such as logits: '
+      'give a function that picks it'
+    )
+
+
+def _at(found: Space, option: str) -> tuple[int, ...]:
+  """The choice of one option in every row."""
+  missing = [r for r in found.rows if option not in r.options]
+  if missing:
+    raise ValueError(
+      f'base={option!r} is no option of {missing[0].name!r}, which has '
+      f'{list(missing[0].options)}'
+    )
+  return tuple(r.options.index(option) for r in found.rows)
 
 
 def _root_mean_square(x: np.ndarray) -> float | None:
@@ -201,9 +251,10 @@ class _Run:
   @functools.cached_property
   def measure(self) -> Measure:
     """Runs the model; compiled once."""
-    base = self.program.float if self.base is None else self._base()
+    p = self.program
+    base = p.float if self.base is None else p.choice(self.base)
     direct = [n for n in self.names if n in objectives.DIRECT]
-    return Measure(self.program, self.batches, self.task, direct, base)
+    return Measure(p, self.batches, self.task, direct, base)
 
   @property
   def alone(self) -> list[dict[str, int]]:
@@ -217,6 +268,8 @@ class _Run:
     names = self.names
     if set(objectives.DIRECT) & set(names):
       found |= self.measure(self.alone, runtime.track)
+    else:  # the float model alone must be sound
+      self.measure([self.program.float])
     if {'fisher', 'hessian'} & set(names):
       found |= taylor.fisher_and_hessian(
         self.expansion, self.batches, runtime.track
@@ -260,16 +313,6 @@ class _Run:
         self.expansion, self.batches, runtime.track
       )
     return found
-
-  def _base(self) -> dict[str, int]:
-    rows = self.program.space.rows
-    missing = [r for r in rows if self.base not in r.options]
-    if missing:
-      raise ValueError(
-        f'base={self.base!r} is no option of {missing[0].name!r}, which has '
-        f'{list(missing[0].options)}'
-      )
-    return self.program.choice([r.options.index(self.base) for r in rows])
 
   def table(self, name, entries, facts, joint: Joint | None) -> Table:
     found = self.program.space

@@ -192,7 +192,7 @@ def _lists(choices: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
   for pattern, rules in found.items():
     if not rules:
       raise ValueError(f'pattern {pattern!r} has no options to choose from')
-    known = [as_recipe({'': r}).entries[0][1] for r in rules if r is not None]
+    known = [as_recipe({pattern: r}).entries[0][1] for r in rules if r]
     if any(isinstance(r, PerLayer) for r in known):
       raise ValueError(
         f'pattern {pattern!r} has a per_layer among its options; layers=True '
@@ -303,9 +303,11 @@ def _matched(ids: Sequence[str], ties) -> list[list[str]]:
   found = []
   for group in ties:
     words = [group] if isinstance(group, str) else list(group)
+    if not words:
+      raise ValueError('ties hold an empty group; a group names sites')
     hits: list[str] = []
     for word in words:
-      match = [word] if word in ids else [k for k in ids if re.search(word, k)]
+      match = [word] if word in ids else [k for k in ids if _find(word, k)]
       if not match:
         raise ValueError(
           f'the tie {word!r} finds no site that is chosen; there are {ids}'
@@ -313,6 +315,15 @@ def _matched(ids: Sequence[str], ties) -> list[list[str]]:
       hits += match
     found.append(list(dict.fromkeys(hits)))
   return found
+
+
+def _find(pattern: str, name: str) -> bool:
+  try:
+    return re.search(pattern, name) is not None
+  except re.error as error:
+    raise ValueError(
+      f'the tie {pattern!r} is no site, and no regular expression: {error}'
+    ) from error
 
 
 def _price(traced, made: Space, models):
@@ -326,7 +337,7 @@ def _price(traced, made: Space, models):
   costs: dict[str, Columns] = {}
   fixed: dict[str, float] = {}
   for name, model in models.items():
-    by_column = [model(plan) for plan in made.columns]
+    by_column = [_priced(name, model, plan) for plan in made.columns]
     if model is cost.nbytes:
       by_column = [
         {
@@ -354,6 +365,25 @@ def _price(traced, made: Space, models):
   if 'bytes' in fixed and models['bytes'] is cost.nbytes:
     fixed['bytes'] += cost.rest_nbytes(base)
   return costs, fixed
+
+
+def _priced(name: str, model: Cost, plan: Plan) -> Mapping[str, float]:
+  """What a cost model says of each site.
+
+  Raises:
+    TypeError: it cannot be called so, or says nothing by site.
+    ValueError: it leaves sites out.
+  """
+  usage = f'the cost {name!r} must be a function plan -> {{site: number}}'
+  try:
+    found = model(plan)
+  except TypeError as error:
+    raise TypeError(f'{usage}: {error}') from error
+  if not isinstance(found, Mapping):
+    raise TypeError(f'{usage}; it returned {found!r}')
+  if missing := [k for k in plan.sites if k not in found]:
+    raise ValueError(f'{usage}; it says nothing of {missing[:5]}')
+  return found
 
 
 def _unfolded(base: Plan, plan: Plan, leaves: Iterable[str]) -> int:

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import optuna
+from absl import logging
 from optuna.storages import journal
 from optuna.trial import TrialState
 
 from quantlab import runtime
 from quantlab.search import samplers
-from quantlab.search.table import Table
+from quantlab.search.table import Table, check_name
 
 Choice = tuple[int, ...]
 SAMPLERS = ('nsga2', 'predicted', 'random')
@@ -66,10 +67,15 @@ class Study:
     seed: int = 0,
     worker: str | None = None,
   ):
-    if sampler not in SAMPLERS:
-      raise ValueError(f'unknown sampler {sampler!r}; known: {SAMPLERS}')
+    if not isinstance(table, Table):
+      raise TypeError(f'a study is of a search.Table, got {table!r}')
+    check_name('sampler', sampler, SAMPLERS)
+    if isinstance(objectives, str):
+      objectives = (objectives,)
     if not objectives:
       raise ValueError('a study needs at least one objective to minimize')
+    for each in known or ():
+      check_name('objective in known=', each, objectives)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     self.table, self.objectives = table, tuple(objectives)
     self.sizes = {r.name: len(r.options) for r in table.rows}
@@ -121,7 +127,13 @@ class Study:
       measure: the objectives of a choice, all to be small.
       trials: finished trials in all, of all workers; failed ones count.
       starts: choices to begin with, such as allocations; each once.
+
+    Raises:
+      ValueError: a start is no choice; a measurement has not as many numbers
+        as there are objectives.
     """
+    for choice in starts:
+      self.table.check_choice(choice)
     for choice in starts:
       params = dict(zip(self.sizes, map(int, choice), strict=True))
       self.study.enqueue_trial(params, skip_if_exists=True)
@@ -132,20 +144,28 @@ class Study:
         trial.suggest_int(n, 0, k - 1) for n, k in self.sizes.items()
       )
       try:
-        found = measure(choice)
+        values = self._numbers(measure(choice))
       except Exception as error:
         trial.set_user_attr('values', [repr(error)])
         raise
-      values = [found] if isinstance(found, int | float) else list(found)
       if not np.isfinite(values).all():
         trial.set_user_attr('values', [str(v) for v in values])
         values = [float('nan')] * len(values)
-      values = [float(v) for v in values]
       return values if len(values) > 1 else values[0]
 
     while self.counts()['finished'] < trials:
       self.reclaim()
       self.study.optimize(objective, n_trials=1)
+
+  def _numbers(self, found: Any) -> list[float]:
+    """A measurement: as many numbers as there are objectives."""
+    values = np.ravel(np.asarray(found, float)).tolist()
+    if len(values) != len(self.objectives):
+      raise ValueError(
+        f'measure must return a number for each of {list(self.objectives)}, '
+        f'got {found!r}'
+      )
+    return values
 
   def reclaim(self) -> int:
     """Gives up what dead workers were measuring, and queues it again.
@@ -278,10 +298,44 @@ def _locks_of(storage: str | os.PathLike) -> pathlib.Path | None:
   return folder
 
 
+class _Journal(journal.JournalFileBackend):
+  """A journal that outlives a writer that died within a line.
+
+  Optuna reads past a last line without an end, and would write on in it: what
+  comes after could never be read again.
+  """
+
+  def __init__(self, path: str):
+    self._path, self._own = path, journal.JournalFileSymlinkLock(path)
+    super().__init__(path, self._own)
+
+  def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    self._cut()
+    super().append_logs(logs)
+
+  def _cut(self) -> None:
+    """Removes a last line without an end."""
+    self._own.acquire()
+    try:
+      with open(self._path, 'r+b') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read(1) in (b'', b'\n'):
+          return
+        file.seek(0)
+        kept = file.read().rfind(b'\n') + 1
+        file.truncate(kept)
+    finally:
+      self._own.release()
+    logging.warning(
+      '%s ended within a line: %d bytes that no worker has read were removed',
+      *(self._path, size - kept),
+    )
+
+
 def _storage(storage: str | os.PathLike) -> Any:
   if not _is_url(storage):
-    backend = journal.JournalFileBackend(os.fspath(storage))
-    return optuna.storages.JournalStorage(backend)
+    return optuna.storages.JournalStorage(_Journal(os.fspath(storage)))
   with warnings.catch_warnings():
     # Optuna says of its own heartbeat that it may change.
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)

@@ -89,6 +89,12 @@ class Table:
   def __post_init__(self):
     if not self.rows:
       raise ValueError('a table needs at least one row to decide')
+    for what, names in (
+      ('rows of one name', [r.name for r in self.rows]),
+      ('rows of one site', [s for r in self.rows for s in r.sites]),
+    ):
+      if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f'a table cannot have two {what}: {twice[:5]}')
     for what, columns in (
       ('values', self.values),
       ('stderr', self.stderr),
@@ -100,9 +106,15 @@ class Table:
           f'the {what} have the shapes {sizes}; expected one number for each '
           f'option of {[(r.name, len(r.options)) for r in self.rows]}'
         )
+    if any(np.isinf(v).any() for v in self.values):
+      raise ValueError('values are numbers, or NaN where one failed; found inf')
     for name, columns in self.costs.items():
-      if not all(np.isfinite(c).all() for c in columns):
-        raise ValueError(f'the cost {name!r} has entries that are not finite')
+      if not all(
+        (np.isfinite(c) & (np.asarray(c) >= 0)).all() for c in columns
+      ):
+        raise ValueError(
+          f'the cost {name!r} has entries that are negative or not finite'
+        )
     size = len(self.flat)
     q = self.interactions
     if q is not None and (q.shape != (size, size) or not np.allclose(q, q.T)):
@@ -116,6 +128,24 @@ class Table:
     return tuple(
       (i, k) for i, r in enumerate(self.rows) for k in range(len(r.options))
     )
+
+  def check_choice(self, choice: Sequence[int]) -> None:
+    """Refuses what is not one option for each row.
+
+    Raises:
+      ValueError: says which row, and what it has.
+    """
+    if len(choice) != len(self.rows):
+      raise ValueError(
+        f'a choice has one option for each of {len(self.rows)} rows, got '
+        f'{tuple(choice)}'
+      )
+    for row, k in zip(self.rows, choice, strict=True):
+      if not 0 <= int(k) < len(row.options) or int(k) != k:
+        raise ValueError(
+          f'row {row.name!r} has the options 0 to {len(row.options) - 1} '
+          f'{row.options}, got {k!r}'
+        )
 
   def cost(self, choice: Sequence[int], name: str = 'bytes') -> float:
     """The whole cost of a choice of one option for each row."""
@@ -235,7 +265,12 @@ class Table:
 
     What the others cost is not in `fixed`: budgets are for these rows alone.
     """
-    keep = [i for i, r in enumerate(self.rows) if re.search(pattern, r.name)]
+    try:
+      keep = [i for i, r in enumerate(self.rows) if re.search(pattern, r.name)]
+    except re.error as error:
+      raise ValueError(
+        f'{pattern!r} is not a regular expression: {error}'
+      ) from error
     if not keep:
       raise ValueError(
         f'no row matches {pattern!r}: {[r.name for r in self.rows]}'
@@ -275,7 +310,9 @@ class Table:
     if self.model != fingerprint:
       raise ValueError(
         f'the table was measured on another model: its parameters have the '
-        f'fingerprint {self.model!r}, these have {fingerprint!r}'
+        f'fingerprint {self.model!r}, these have {fingerprint!r}. Measure one '
+        'on these; an allocation is taken for other parameters as '
+        'allocation.recipe'
       )
 
   def to_json(self) -> dict[str, Any]:
@@ -306,7 +343,20 @@ class Table:
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> Table:
-    """Undoes `to_json`."""
+    """Undoes `to_json`.
+
+    Raises:
+      ValueError: it is no table: a field is missing, or of another kind.
+    """
+    try:
+      return cls._read(data)
+    except KeyError as error:
+      raise ValueError(f'this is no table: it has no {error}') from error
+    except (TypeError, AttributeError) as error:
+      raise ValueError(f'this is no table: {error}') from error
+
+  @classmethod
+  def _read(cls, data: Mapping[str, Any]) -> Table:
     rows = tuple(
       Row(
         r['name'],
@@ -373,6 +423,8 @@ def _groups(table: Table, groups: Iterable[Sequence[str]]) -> list[list[int]]:
     return i
 
   for group in groups:
+    if isinstance(group, str) or not group:
+      raise ValueError(f'a tie is a list of names of rows, got {group!r}')
     unknown = [name for name in group if name not in where]
     if unknown:
       raise ValueError(

@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import json
-import types
+import shutil
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -139,43 +138,72 @@ def test_a_budget_of_another_cost(folders):
   for option in config.budgets:
     limit = made[f'{option}/uniform'].costs['latency']
     assert made[f'{option}/kl-dp'].costs['latency'] <= limit
-  config.cost = 'joules'
-  with pytest.raises(variants.ConfigError, match="unknown cost 'joules'"):
-    search.allocations(config, found)
 
 
-def test_encoders_on_the_float_stream():
-  rng = np.random.default_rng(0)
-  scales = np.exp(rng.normal(size=12)).astype(np.float32)
-  x = rng.normal(size=(256, 12)).astype(np.float32) * scales
-  work = types.SimpleNamespace(
-    apply=lambda p, x: jnp.tanh(x @ p['a']) @ p['b'],
-    params={
-      'a': rng.normal(size=(12, 8)).astype(np.float32),
-      'b': rng.normal(size=(8, 4)).astype(np.float32),
-    },
-    calibration=[(x,)],
-    example=(x,),
-  )
-  recipe = {'': ql.int3()}
-  plan = ql.plan(work.apply, work.params, recipe, x)
+def test_what_cannot_be_solved_is_refused_before_measuring(tmp_path):
+  def refused(match, **fields):
+    config = small()
+    for name, value in fields.items():
+      config[name] = value
+    with pytest.raises(variants.ConfigError, match=match):
+      search.run(config, tmp_path / 'never')
+    assert not (tmp_path / 'never').exists()
 
-  def quantize(member):
-    return ql.ptq(work.apply, work.params, recipe, [(x,)], member).params
+  refused("unknown cost 'joules'", cost='joules')
+  refused("has no option 'int5'", budgets=('int5',))
+  refused("unknown method 'ilp'", allocations=(('kl', 'ilp'),))
+  refused("unknown metric 'kll'", allocations=(('kll', 'dp'),))
+  refused('expected pairs of a table and a method', allocations=('kl', 'dp'))
+  refused("unknown transform 'gptk'", allocations=(('kl.gptk', 'dp'),))
+  refused('no row matches', groups=(('conv_0', 'kl'), ('nothing', 'kl')))
+  refused('rows in common', groups=(('conv', 'kl'), ('conv_1', 'hessian')))
+  refused('leave out', groups=(('conv_0', 'kl'), ('conv_1', 'hessian')))
+  for content in ('{', '[1]', '{"latency": 3}', '{"latency": {"device": ""}}'):
+    file = tmp_path / 'bench.json'
+    file.write_text(content)
+    refused('holds no measured latencies', latency=str(file))
+  lacking = {'device': 'here', 'seconds': {'dot 1x1x1 float x float': 1.0}}
+  file.write_text(json.dumps({'latency': lacking}))
+  refused("'here' lacks", latency=str(file), cost='latency')
 
-  member = allocated.on_floats(ql.gptq(), work, plan)
-  got, walked = quantize(member), quantize(ql.gptq())
-  nearest = quantize(ql.rtn())
-  codes = [m['weights'] for m in (got, walked, nearest)]
-  # Nothing lies before the first weight; the second sees other inputs.
-  same = [np.array_equal(codes[0]['a'].codes, c['a'].codes) for c in codes[1:]]
-  assert same == [True, False]
-  hidden = np.tanh(x @ work.params['a'])
-  off = [
-    np.square(hidden @ (c['b'].dequantize() - work.params['b'])).sum()
-    for c in codes
-  ]
-  assert off[0] < off[2]
+
+def test_what_has_no_table_is_said(folders, capsys):
+  _, config, _, tables = folders
+  found = {k: Table.from_json(v) for k, v in json.loads(tables).items()}
+  search.allocations(config, found)
+  assert 'for want of a measurement: ' in (said := capsys.readouterr().out)
+  assert 'lrp-dp (no such table)' in said
+
+
+def test_tables_of_another_model_or_config_are_not_used(folders, tmp_path):
+  folder, config, _, _ = folders
+
+  def refused(match, change=lambda c, tables: None):
+    kept = tmp_path / str(len(list(tmp_path.iterdir())))
+    shutil.copytree(folder / 'search', kept)
+    mine = config.copy_and_resolve_references()
+    data = json.loads((kept / 'tables.json').read_text())
+    change(mine, data)
+    (kept / 'tables.json').write_text(json.dumps(data))
+    for run in (
+      lambda: refine.run(mine, kept, kept / 'journal', 1),
+      lambda: search.run(mine, kept),
+    ):
+      with pytest.raises(ValueError, match=match):
+        run()
+
+  def other_model(c, tables):
+    tables['kl']['model'] = 'abc'
+
+  def other_config(c, tables):
+    c.judged = 1
+
+  def no_values(c, tables):
+    del tables['kl']['values']
+
+  refused('measured on another model', other_model)
+  refused('a run of another config', other_config)
+  refused("cannot be used: this is no table: it has no 'values'", no_values)
 
 
 def test_refinement_measures_the_front(folders):

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -305,6 +306,91 @@ def test_what_cannot_be_is_said():
     table_of([[1, 2]], {'bytes': [[1, 2, 3]]})
 
 
+def test_a_budget_is_any_number_and_nothing_else():
+  table, at = draw(2)
+  limit = int(at['bytes'])
+  found = ql.allocate(table, limit)
+  for same in (np.int64(limit), np.float32(limit), jnp.asarray(limit)):
+    again = ql.allocate(table, same)
+    assert again.choice == found.choice
+    assert json.dumps(again.to_json()['budgets']) == f'{{"bytes": {limit}.0}}'
+  for wrong in (True, 'much', None, [limit], float('nan'), np.ones(2)):
+    with pytest.raises(ValueError, match="budget of 'bytes' is a number"):
+      ql.allocate(table, wrong)
+
+
+def test_interactions_are_never_ignored_unsaid():
+  table, at = draw(5, interactions=True)
+  limit = at['bytes']
+  found = ql.allocate(table, limit)
+  assert found.method == 'quadratic'
+  assert found.value <= ql.allocate(table, limit, 'random').value
+  plain = search.additive(table)
+  for method in ('dp', 'milp', 'greedy'):
+    with pytest.raises(ValueError, match=f"'{method}' minimizes a sum"):
+      ql.allocate(table, limit, method)
+    ql.allocate(plain, limit, method)
+  with pytest.raises(ValueError, match='pareto minimizes a sum'):
+    search.pareto(table)
+  assert len(search.pareto(plain)) > 1
+
+
+def test_a_choice_is_an_option_of_each_row():
+  table, _ = draw(2)
+  rows = len(table.rows)
+  for wrong in ((-1,), (99,), (0.5,)):
+    with pytest.raises(ValueError, match="row 'r0' has the options"):
+      search.Allocation(table, wrong + (0,) * (rows - 1), 'mine', {})
+  with pytest.raises(ValueError, match='one option for each of'):
+    search.Allocation(table, (0,), 'mine', {})
+
+
+def test_what_is_no_table_is_refused():
+  table, _ = draw(2)
+  for use in (lambda t: ql.allocate(t, 50), search.pareto):
+    with pytest.raises(TypeError, match=r"those of \['kl'\]: pass one"):
+      use({'kl': table})
+    with pytest.raises(TypeError, match=r'takes a search\.Table, got 3'):
+      use(3)
+  for ties in (['r0'], [()]):
+    with pytest.raises(ValueError, match='a tie is a list of names of rows'):
+      ql.allocate(table, 50, ties=ties)
+  with pytest.raises(ValueError, match='is not a regular expression'):
+    table.select('(')
+  with pytest.raises(ValueError, match="unknown cost 'latency'"):
+    search.bisect(table, sum, 0, cost='latency')
+
+  def read(change):
+    data = json.loads(json.dumps(table.to_json()))
+    change(data)
+    return Table.from_json(data)
+
+  read(lambda d: None)
+  for match, change in (
+    ("it has no 'values'", lambda d: d.pop('values')),
+    ('two rows of one name', lambda d: d['rows'][1].update(name='r0')),
+    ('two rows of one site', _same_site),
+    (
+      'negative or not finite',
+      lambda d: d['costs']['bytes'][0].__setitem__(0, -1),
+    ),
+    ('found inf', lambda d: d['values'][0].__setitem__(0, -np.inf)),
+    ('this is no table', lambda d: d.update(rows=3)),
+    ('could not convert', lambda d: d['values'][0].__setitem__(0, 'much')),
+    ('one number for each option', lambda d: d['stderr'].pop()),
+  ):
+    with pytest.raises(ValueError, match=match):
+      read(change)
+  for data in ({}, [], {'table': 3, 'choice': [], 'method': '', 'budgets': {}}):
+    with pytest.raises(ValueError, match='this is no'):
+      search.Allocation.from_json(data)
+
+
+def _same_site(data):
+  for row in data['rows'][:2]:
+    row['sites'] = ['a']
+
+
 def test_what_failed_is_never_chosen():
   table = table_of(
     [[np.nan, 1.0], [0.0, np.nan], [2.0, 1.0]], {'bytes': [[1, 2]] * 3}
@@ -314,6 +400,8 @@ def test_what_failed_is_never_chosen():
   failed = table_of([[np.nan, np.nan]], {'bytes': [[1, 2]]})
   with pytest.raises(ValueError, match="every option of row 'r0' failed"):
     ql.allocate(failed, 6)
+  with pytest.raises(ValueError, match="every option of row 'r0' failed"):
+    search.pareto(failed)
 
 
 def test_noise_below_zero_is_floored():

@@ -189,9 +189,6 @@ def test_direct_metrics_are_those_of_the_deployed_model(tables):
 
 
 def test_encoded_weights_take_the_place_of_rounded_ones(tables):
-  def rounded(plan):
-    return ql.ptq(mlp, PARAMS, plan, XS).params
-
   choices = {'/a': [ql.int2(), None, ql.int4()], '/b': [ql.int3(), ql.int4()]}
 
   def measured(encode):
@@ -206,7 +203,7 @@ def test_encoded_weights_take_the_place_of_rounded_ones(tables):
       interactions=True,
     )
 
-  table = measured(rounded)
+  table = measured(ql.rtn())
   want = tables['kl']
   a, b = table.values
   np.testing.assert_allclose(
@@ -224,7 +221,7 @@ def test_encoded_weights_take_the_place_of_rounded_ones(tables):
       BATCHES,
       'hessian',
       task=quality.classification,
-      encode=rounded,
+      encode=ql.rtn(),
     )
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -151,6 +152,41 @@ def test_what_cannot_be_is_said(tmp_path):
     study.Study(TABLE, 'sqlite:////nowhere/at/all.db')
   with pytest.raises(ValueError, match="unknown sampler 'tpe'"):
     study.Study(TABLE, path, sampler='tpe')
+
+
+def test_a_measurement_is_a_number_for_each_objective(tmp_path):
+  one = study.Study(TABLE, tmp_path / 'one', first=2)
+  one.run(lambda c: np.float32(loss(c)), 1)
+  one.run(lambda c: jnp.asarray(loss(c)), 2)
+  two = study.Study(TABLE, tmp_path / 'two', ('loss', 'bytes'), first=2)
+  two.run(lambda c: np.array(both(c)), 1)
+  for made, found in ((one, (1.0, 2.0)), (two, 1.0), (two, (1, 2, 3))):
+    with pytest.raises(ValueError, match='a number for each of'):
+      made.run(lambda c, found=found: found, 4)
+  assert one.counts()['complete'] == 2
+  assert one.counts()['failed'] == 1
+  for start in ((9, *[0] * (ROWS - 1)), (-1, *[0] * (ROWS - 1)), (0, 0)):
+    with pytest.raises(
+      ValueError, match=r'has the options|one option for each'
+    ):
+      one.run(loss, 4, [start])
+  with pytest.raises(ValueError, match="unknown objective in known= 'size'"):
+    study.Study(TABLE, tmp_path / 'three', known={'size': TABLE.cost})
+
+
+def test_a_journal_cut_within_a_line_goes_on(tmp_path):
+  path = tmp_path / 'journal'
+  study.Study(TABLE, path, first=2).run(loss, 3)
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-7])
+  again = study.Study(TABLE, path, first=2)
+  again.run(loss, 5)
+  counts = again.counts()
+  assert counts['finished'] == 5
+  assert path.read_bytes().startswith(whole[: whole.rfind(b'\n', 0, -1) + 1])
+  path.write_bytes(whole[:9] + b'\n' + whole[9:])
+  with pytest.raises(ValueError, match=f'{path.name}. cannot be opened'):
+    study.Study(TABLE, path, first=2)
 
 
 def hypervolume(points, corner):
