@@ -10,7 +10,7 @@ import numpy as np
 
 import quantlab as ql
 from experiments import steps, variants
-from quantlab import models, runtime, search
+from quantlab import data, models, runtime, search
 from quantlab.runtime import files
 from quantlab.search import objectives
 from quantlab.search import program as program_lib
@@ -34,10 +34,31 @@ class Part:
     return itertools.islice(self.batches, self.start, self.stop, self.step)
 
 
-def measured_on(config: Any, work: models.Workload) -> Part:
+def measured_on(config: Any, work: models.Workload) -> Any:
   """The labelled batches that sensitivities are measured on."""
+  if config.get('distilled', 0):  # its labels are what the model says
+    predict = jax.jit(work.apply)
+    return [(*x, predict(work.params, *x).argmax(-1)) for x in work.calibration]
   step = _step(config)
   return Part(work.evaluation, 0, step * config.batches, step)
+
+
+def _distilled(work: models.Workload, count: int, seed: int) -> Any:
+  """The model with one batch that its BatchNorms expect, for calibration."""
+  if work.metric.name != 'classification':
+    raise variants.ConfigError(
+      f'distilled={count} is for classifiers with BatchNorms; {work.name!r} is '
+      f'judged by {work.metric.name}'
+    )
+  [like] = work.example
+  x, _ = search.distill(
+    work.apply,
+    work.params,
+    jax.ShapeDtypeStruct((count, *np.shape(like)[1:]), like.dtype),
+    jax.random.key(seed),
+  )
+  batch = data.Batches((np.asarray(x),), count)
+  return dataclasses.replace(work, calibration=batch)
 
 
 def judged_on(config: Any, work: models.Workload) -> Part:
@@ -219,7 +240,15 @@ def workload(config: Any) -> models.Workload | None:
   for name in metrics_of(config):
     variants.check_name('metric', name, search.METRICS)
   sizes = {'batch_size': config.batch_size} if config.batch_size else {}
-  return steps.load(config, config.model, **sizes)
+  work = steps.load(config, config.model, **sizes)
+  if work is None or not config.get('distilled', 0):
+    return work
+  if config.calibration:
+    raise variants.ConfigError(
+      f'distilled={config.distilled} and calibration={config.calibration}: '
+      'without data there is no calibration set to draw'
+    )
+  return _distilled(work, config.distilled, config.seed)
 
 
 def metrics_of(config: Any) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ def base(model: str) -> ml_collections.ConfigDict:
   # Every other batch is measured on and the ones between are judged on; for
   # sets in some order. Otherwise the first ones are measured on.
   config.alternate = False
+  # Examples that BatchNorms expect, in the place of data: tables and static
+  # ranges are of these (ZeroQ). 0: none.
+  config.distilled = 0
   config.choices = (('/kernel$', options()),)
   config.metrics = (
     'loss',

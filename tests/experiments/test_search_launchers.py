@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ from experiments import (
   tune,
   variants,
 )
-from quantlab import models, runtime
+from quantlab import data, models, runtime
 from quantlab.models import digits as networks
 from quantlab.search import Table
 
@@ -165,6 +166,45 @@ def test_what_cannot_be_solved_is_refused_before_measuring(tmp_path):
   lacking = {'device': 'here', 'seconds': {'dot 1x1x1 float x float': 1.0}}
   file.write_text(json.dumps({'latency': lacking}))
   refused("'here' lacks", latency=str(file), cost='latency')
+
+
+def test_tables_without_data_are_of_distilled_batches(monkeypatch):
+  rng = np.random.default_rng(0)
+  params = {
+    'w': rng.normal(size=(4, 6)).astype(np.float32),
+    'mean': rng.normal(size=6).astype(np.float32),
+    'var': rng.uniform(0.5, 4, 6).astype(np.float32),
+    'head': rng.normal(size=(6, 3)).astype(np.float32),
+  }
+
+  def apply(p, x):
+    h = (x @ p['w'] - p['mean']) / jnp.sqrt(p['var'] + 1e-3)
+    return jnp.tanh(h) @ p['head']
+
+  x = rng.normal(size=(8, 4)).astype(np.float32)
+  real = models.workload('digits_cnn', calibration=8, evaluation=8)
+  work = dataclasses.replace(
+    real,
+    apply=apply,
+    params=params,
+    calibration=data.Batches((x,), 8),
+  )
+  monkeypatch.setattr(models, 'workload', lambda *_, **__: work)
+  config = small()
+  config.distilled = 64
+  config.calibration = 0
+  made = spaces.workload(config)
+  [(found, labels)] = spaces.measured_on(config, made)
+  assert found.shape == (64, 4)
+  np.testing.assert_array_equal(labels, apply(params, found).argmax(-1))
+
+  def off(x):  # of what the BatchNorm expects
+    return np.abs((x @ params['w']).mean(0) - params['mean']).mean()
+
+  assert off(found) < off(rng.normal(size=(64, 4))) / 2
+  config.calibration = 8
+  with pytest.raises(variants.ConfigError, match='no calibration set to draw'):
+    spaces.workload(config)
 
 
 def test_what_has_no_table_is_said(folders, capsys):
