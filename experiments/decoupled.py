@@ -49,7 +49,9 @@ def allocations(
   """
   if not config.groups:
     return {}
-  groups = [tables[m].floored().select(p) for p, m in config.groups]
+  groups = [
+    search.additive(tables[m]).floored().select(p) for p, m in config.groups
+  ]
   whole = tables[config.groups[0][1]]
   names = [r.name for table in groups for r in table.rows]
   kept = folder.read_json('decoupled.json', {})

@@ -87,9 +87,10 @@ def choices(config: Any) -> dict[str, Any]:
 def metrics(config: Any, work: models.Workload) -> tuple[str, ...]:
   """The metrics of a config that the task has."""
   known = objectives.known(work.metric)
-  return tuple(
-    m for m in config.metrics if m not in objectives.DIRECT or m in known
-  )
+  absent = {n for n in objectives.DIRECT if n not in known}
+  if 'loss' in absent:  # of what else the gradient is zero
+    absent.add('fisher')
+  return tuple(m for m in config.metrics if m not in absent)
 
 
 def tables(

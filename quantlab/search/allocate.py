@@ -158,7 +158,7 @@ def allocate(
     method = additive if table.interactions is None else 'quadratic'
   check_name('method', method, METHODS)
   if method not in ('quadratic', 'random'):
-    _refuse_interactions(f'method={method!r}', table)
+    refuse_interactions(f'method={method!r}', table)
   groups = list(ties)
   table = table.tied(groups) if groups else table
   limits = _limits(table, budgets)
@@ -176,7 +176,7 @@ def pareto(table: Table, cost: str = 'bytes') -> knapsack.Front:
   """
   _check_table('pareto', table)
   check_name('cost', cost, table.costs)
-  _refuse_interactions('pareto', table)
+  refuse_interactions('pareto', table)
   _refuse_failed(table)
   found = knapsack.front(table.values, table.costs[cost])
   return dataclasses.replace(
@@ -205,7 +205,7 @@ def _number(name: str, limit: Any) -> float:
   return found
 
 
-def _refuse_interactions(what: str, table: Table) -> None:
+def refuse_interactions(what: str, table: Table) -> None:
   if table.interactions is not None:
     raise ValueError(
       f"{what} minimizes a sum, and this table has interactions: 'quadratic' "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from quantlab.search import knapsack
-from quantlab.search.allocate import Allocation
+from quantlab.search.allocate import Allocation, refuse_interactions
 from quantlab.search.table import Table, check_name
 
 Choice = tuple[int, ...]
@@ -38,7 +39,8 @@ def decoupled(
   Args:
     groups: two tables without a row in common, such as
       `tables['kl'].select('attention')`.
-    start: an option for each row of each group; its cost is the budget.
+    start: an option for each row of each group; what these rows cost is the
+      budget.
     measure: of a choice for all rows, those of the first group first; small
       is good, NaN never chosen.
     ratios: what the mean cost in the first group, over that in the second, is
@@ -49,12 +51,20 @@ def decoupled(
     The choice of least measured value, in a table of both groups.
 
   Raises:
-    ValueError: not two groups, a row in both; nothing that measures as a
-      number.
+    ValueError: not two groups, a row in both, interactions (they are not
+      counted: give `search.additive(table)`); a start that is no choice;
+      nothing that measures as a number.
   """
   whole = joined(groups)
   for table in groups:
     check_name('cost', cost, table.costs)
+    refuse_interactions('decoupled', table)
+  if len(start) != 2:
+    raise ValueError(f'decoupled needs a start for each group, got {start!r}')
+  if not all(0 < r < math.inf for r in ratios):
+    raise ValueError(f'ratios are positive numbers, got {tuple(ratios)}')
+  # Of the rows alone: what is not decided is no part of what is divided.
+  groups = [dataclasses.replace(t, fixed={}) for t in groups]
   base = [t.cost(c, cost) for t, c in zip(groups, start, strict=True)]
   fronts = [knapsack.front(t.values, t.costs[cost]) for t in groups]
   found: dict[Choice, float] = {}
@@ -96,4 +106,5 @@ def joined(groups: Sequence[Table]) -> Table:
     metric=f'{first.metric} | {second.metric}',
     unit=f'{first.unit} | {second.unit}',
     interactions=None,
+    fixed={},
   )

@@ -163,11 +163,16 @@ def sensitivity(
     if not (isinstance(count, int) and count > 0):
       raise ValueError(f'{what} is a positive number, got {count!r}')
   batches_lib.check_reiterable(batches)
+  if 'fisher' in names and of != 'loss':
+    raise ValueError(
+      f"'fisher' is made of gradients, and that of {of!r} is zero at the float "
+      'model: it needs a task with a loss, and its labels'
+    )
   inputs = Inputs(batches, task.targets)
   first = next(iter(inputs), None)
   if first is None:
     raise ValueError('there is no batch to measure on; give at least one')
-  _check_outputs(apply, params, first, task)
+  _check_outputs(apply, params, first, task, names, of)
   found = space(
     *(apply, params, choices, *first), ties=ties, costs=costs, layers=layers
   )
@@ -204,7 +209,7 @@ def _interacting(
   return tuple(interactions)
 
 
-def _check_outputs(apply, params, inputs, task) -> None:
+def _check_outputs(apply, params, inputs, task, names, of) -> None:
   """Whether a function can be called, and gives what objectives read."""
   try:
     found = jax.eval_shape(apply, params, *inputs)
@@ -220,6 +225,13 @@ def _check_outputs(apply, params, inputs, task) -> None:
       f'apply returns {jax.tree.structure(found)} of shapes {shapes}; '
       'sensitivity needs one array (examples, ..., classes), such as logits: '
       'give a function that picks it'
+    )
+  derived = set(names) - set(objectives.DIRECT) - {'weight_error', 'lrp'}
+  classes = {'kl', 'loss'} & {*names, *([of] if derived else [])}
+  if classes and found.shape[-1] == 1:
+    raise ValueError(
+      f'apply returns {found.shape}: over one class {sorted(classes)} cannot '
+      "change. Ask for 'output_mse', with of='output_mse' for derivatives"
     )
 
 

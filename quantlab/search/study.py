@@ -51,7 +51,7 @@ class Study:
 
   Raises:
     ValueError: the storage cannot be reached, or holds a study of another
-      space under this name.
+      space under this name; a worker of this name is running.
   """
 
   def __init__(
@@ -159,7 +159,9 @@ class Study:
 
   def _numbers(self, found: Any) -> list[float]:
     """A measurement: as many numbers as there are objectives."""
-    values = np.ravel(np.asarray(found, float)).tolist()
+    raw = np.ravel(np.asarray(found))
+    numeric = raw.dtype.kind in 'fiub'
+    values = raw.astype(float).tolist() if numeric else []
     if len(values) != len(self.objectives):
       raise ValueError(
         f'measure must return a number for each of {list(self.objectives)}, '
@@ -274,7 +276,14 @@ class Study:
     if self._locks is None:
       return None
     lock = open(self._locks / self.worker, 'w')  # noqa: SIM115 (held open)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      lock.close()
+      raise ValueError(
+        f'a worker {self.worker!r} of this study is running: give another '
+        'name, or let go of that study first'
+      ) from None
     return lock
 
 

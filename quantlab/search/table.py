@@ -150,6 +150,7 @@ class Table:
   def cost(self, choice: Sequence[int], name: str = 'bytes') -> float:
     """The whole cost of a choice of one option for each row."""
     columns = self.costs[check_name('cost', name, self.costs)]
+    self.check_choice(choice)
     picked = _pick(columns, choice)
     return float(math.fsum(picked) + self.fixed.get(name, 0.0))
 

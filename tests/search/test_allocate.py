@@ -1,5 +1,6 @@
 """Allocation: brute force decides what is right."""
 
+import dataclasses
 import itertools
 import json
 
@@ -445,6 +446,26 @@ def test_groups_of_two_metrics_share_a_budget():
       groups(values, (7, 0.1)), start, measure, ratios=(0.5, 0.75, 1, 1.25)
     )
     assert again.choice == found.choice
+
+
+def test_what_is_not_decided_is_no_part_of_a_divided_budget():
+  values, costs = [[3, 1], [3, 1]], {'bytes': [[2, 8]] * 2}
+  whole = table_of(values, costs)
+  groups = [
+    dataclasses.replace(whole.select(r), fixed={'bytes': 6.0})
+    for r in ('r0', 'r1')
+  ]
+  for start in ([(0,), (0,)], [(1,), (0,)]):
+    limit = sum(whole.costs['bytes'][i][s[0]] for i, s in enumerate(start))
+    found = search.decoupled(groups, start, whole.predict)
+    assert found.costs['bytes'] <= found.budgets['bytes'] == limit
+  with pytest.raises(ValueError, match="row 'r1' has the options"):
+    search.decoupled(groups, [(0,), (-1,)], whole.predict)
+  with pytest.raises(ValueError, match='ratios are positive'):
+    search.decoupled(groups, start, whole.predict, ratios=[float('nan')])
+  joint = dataclasses.replace(groups[0], interactions=np.zeros((2, 2)))
+  with pytest.raises(ValueError, match='decoupled minimizes a sum'):
+    search.decoupled([joint, groups[1]], start, whole.predict)
 
 
 def test_groups_that_cannot_share_are_refused():

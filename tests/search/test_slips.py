@@ -81,6 +81,21 @@ def test_slips_are_told_from_each_other():
   refused(TypeError, "the cost 'peak' must be a function plan", costs=memory)
 
 
+def test_tables_that_would_be_all_zero_are_refused():
+  def one(p, x):
+    return mlp(p, x)[:, :1]
+
+  with pytest.raises(ValueError, match='over one class'):
+    measure(apply=one)
+  with pytest.raises(ValueError, match='over one class'):
+    measure(apply=one, metric='hessian')
+  table = measure(apply=one, metric='output_mse')
+  assert all(v[0] > v[1] > 0 for v in table.values)
+  for more in ({}, {'of': 'output_mse'}):
+    with pytest.raises(ValueError, match='is zero at the float model'):
+      measure(metric='fisher', **more)
+
+
 def test_the_name_of_one_metric_has_interactions_too():
   table = measure(interactions='kl')
   assert table.interactions.shape == (4, 4)

@@ -152,6 +152,10 @@ def test_what_cannot_be_is_said(tmp_path):
     study.Study(TABLE, 'sqlite:////nowhere/at/all.db')
   with pytest.raises(ValueError, match="unknown sampler 'tpe'"):
     study.Study(TABLE, path, sampler='tpe')
+  alive = study.Study(TABLE, path, worker='a')
+  with pytest.raises(ValueError, match="a worker 'a' of this study is running"):
+    study.Study(TABLE, path, worker='a')
+  del alive
 
 
 def test_a_measurement_is_a_number_for_each_objective(tmp_path):
@@ -160,11 +164,14 @@ def test_a_measurement_is_a_number_for_each_objective(tmp_path):
   one.run(lambda c: jnp.asarray(loss(c)), 2)
   two = study.Study(TABLE, tmp_path / 'two', ('loss', 'bytes'), first=2)
   two.run(lambda c: np.array(both(c)), 1)
-  for made, found in ((one, (1.0, 2.0)), (two, 1.0), (two, (1, 2, 3))):
+  for made, found in (
+    *((one, (1.0, 2.0)), (one, None), (one, 'much')),
+    *((two, 1.0), (two, (1, 2, 3)), (two, (1, None))),
+  ):
     with pytest.raises(ValueError, match='a number for each of'):
-      made.run(lambda c, found=found: found, 4)
+      made.run(lambda c, found=found: found, 20)
   assert one.counts()['complete'] == 2
-  assert one.counts()['failed'] == 1
+  assert one.counts()['failed'] == 3
   for start in ((9, *[0] * (ROWS - 1)), (-1, *[0] * (ROWS - 1)), (0, 0)):
     with pytest.raises(
       ValueError, match=r'has the options|one option for each'
