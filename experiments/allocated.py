@@ -56,9 +56,12 @@ def tables(
     file = f'tables_{name}.json'
     kept = folder.read_json(file, {})
     todo = {mark: base for mark, base in bases.items() if mark not in kept}
-    how = encoding(config, work, f'{name}/0') if reads and todo else None
+    more: dict[str, Any] = {}
+    if reads and todo:
+      how = encoding(config, work, f'{name}/0')
+      more = {'encode': how.encoder, 'calibration': how.batches}
     for mark, base in todo.items():
-      made = spaces.direct_tables(config, work, how, base)
+      made = spaces.direct_tables(config, work, base, **more)
       kept[mark] = {k: t.to_json() for k, t in made.items()}
       folder.write_json(file, kept)
     for mark, group in kept.items():

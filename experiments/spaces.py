@@ -1,6 +1,7 @@
 """Search spaces and tables from a config's plain values."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,11 +37,17 @@ class Part:
 
 def measured_on(config: Any, work: models.Workload) -> Any:
   """The labelled batches that sensitivities are measured on."""
-  if config.get('distilled', 0):  # its labels are what the model says
-    predict = jax.jit(work.apply)
-    return [(*x, predict(work.params, *x).argmax(-1)) for x in work.calibration]
+  if config.get('distilled', 0):
+    return _labelled(work)
   step = _step(config)
   return Part(work.evaluation, 0, step * config.batches, step)
+
+
+@functools.lru_cache(maxsize=1)
+def _labelled(work: models.Workload) -> list[Any]:
+  """The calibration set, its labels what the model says."""
+  predict = jax.jit(work.apply)
+  return [(*x, predict(work.params, *x).argmax(-1)) for x in work.calibration]
 
 
 def _distilled(work: models.Workload, count: int, seed: int) -> Any:
@@ -136,11 +143,7 @@ def unmeasured(config: Any, work: models.Workload) -> search.Table:
   inputs, _ = program_lib.split(
     next(iter(measured_on(config, work))), work.metric.targets
   )
-  found = search.space(
-    *(work.apply, work.params, choices(config), *inputs),
-    ties=config.get('ties', ()),
-    costs=costs(config),
-  )
+  found = space(config, work, inputs, costs(config))
   zeros = tuple(np.zeros(len(r.options)) for r in found.rows)
   return search.Table(
     *(found.rows, zeros, zeros, found.costs, '', ''),
@@ -167,17 +170,17 @@ def _measure(
 def direct_tables(
   config: Any,
   work: models.Workload,
-  how: Any = None,
   base: str | None = None,
+  **more: Any,
 ) -> dict[str, search.Table]:
   """Tables of what is run.
 
   Args:
     config: of the search.
     work: the model.
-    how: an `allocated.Encoding`, for weights that an encoder makes.
     base: an option, to measure around it, by the metrics in `config.around`
       alone.
+    **more: as `ql.sensitivity` has it, such as `encode` and `calibration`.
   """
   names = tuple(
     n
@@ -186,7 +189,6 @@ def direct_tables(
   )
   if not names:
     return {}
-  more = {'encode': how.encoder, 'calibration': how.batches} if how else {}
   return _sensitivity(
     config, work, measured_on(config, work), names, base=base, **more
   )
@@ -215,8 +217,8 @@ def costs(config: Any) -> dict[str, Any]:
   if not config.latency:
     return {}
   try:
-    data = files.read_json(config.latency)
-    return {'latency': ql.cost.LatencyTable.from_json(data['latency'])}
+    kept = files.read_json(config.latency)
+    return {'latency': ql.cost.LatencyTable.from_json(kept['latency'])}
   except (OSError, KeyError, TypeError, ValueError) as error:
     raise variants.ConfigError(
       f'latency={config.latency!r} holds no measured latencies '
@@ -224,9 +226,23 @@ def costs(config: Any) -> dict[str, Any]:
     ) from error
 
 
-def space(config: Any, work: models.Workload) -> search.Space:
-  """The choices of a config on its model."""
-  return search.space(work.apply, work.params, choices(config), *work.example)
+def space(
+  config: Any, work: models.Workload, inputs: Any = None, costs: Any = None
+) -> search.Space:
+  """The choices of a config on its model.
+
+  Args:
+    config: of the search.
+    work: the model.
+    inputs: their shapes are traced; the model's example by default.
+    costs: further ones, see `search.space`.
+  """
+  return search.space(
+    *(work.apply, work.params, choices(config)),
+    *(work.example if inputs is None else inputs),
+    ties=config.get('ties', ()),
+    costs=costs,
+  )
 
 
 def program(config: Any, work: models.Workload) -> search.Program:

@@ -34,6 +34,19 @@ def check_reiterable(batches: Iterable[Any]) -> None:
     )
 
 
+def refuse_empty(batch: Any, name: str) -> None:
+  """Refuses a batch with an array that has no examples.
+
+  Raises:
+    ValueError: says which batch, by its name.
+  """
+  if any(np.shape(x)[:1] == (0,) for x in jax.tree.leaves(batch)):
+    raise ValueError(
+      f'{name} is empty: it has an array without examples (first axis 0). '
+      'Remove the batch'
+    )
+
+
 def first(batches: Iterable[Any]) -> tuple[Any, ...]:
   """Arguments of the first batch.
 
@@ -79,11 +92,7 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
         f'{reference}: batches must agree in structure, dtype and every axis '
         'but the first'
       )
-    if any(np.shape(x)[:1] == (0,) for x in jax.tree.leaves(args)):
-      raise ValueError(
-        f'calibration batch {index} is empty: it has an array without examples '
-        '(first axis 0). Remove the batch'
-      )
+    refuse_empty(args, f'calibration batch {index}')
     yield args
   if reference is None:
     raise ValueError(_EMPTY)

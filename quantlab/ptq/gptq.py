@@ -49,7 +49,7 @@ def gptq(
 
   def encode(target: Target, stat: Any, key):
     if stat is None:
-      codes, facts = nearest(target, None, key)
+      codes, facts = nearest.encode(target, None, key)
       why = 'rounded to nearest: a lookup, or a parameter of several uses'
       return codes, {**facts, 'note': why}
     w = target.storage.layout.to_canonical(target.weight)

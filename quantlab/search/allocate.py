@@ -12,7 +12,7 @@ import numpy as np
 from quantlab import runtime
 from quantlab.recipe import Entry, Recipe, by_layer
 from quantlab.search import baselines, knapsack, milp, quadratic
-from quantlab.search.table import Table, check_name
+from quantlab.search.table import Table, check_name, check_table
 
 METHODS = ('dp', 'milp', 'quadratic', 'greedy', 'random')
 
@@ -146,7 +146,7 @@ def allocate(
       failed (NaN).
     TypeError: no table.
   """
-  _check_table('allocate', table)
+  check_table('allocate', table)
   given = dict(budget) if isinstance(budget, Mapping) else {'bytes': budget}
   if not given:
     raise ValueError('allocate needs a budget, such as {"bytes": 50_000}')
@@ -174,7 +174,7 @@ def pareto(table: Table, cost: str = 'bytes') -> knapsack.Front:
       exact method here finds; a row all of whose options failed (NaN).
     TypeError: no table.
   """
-  _check_table('pareto', table)
+  check_table('pareto', table)
   check_name('cost', cost, table.costs)
   refuse_interactions('pareto', table)
   _refuse_failed(table)
@@ -182,15 +182,6 @@ def pareto(table: Table, cost: str = 'bytes') -> knapsack.Front:
   return dataclasses.replace(
     found, cost=found.cost + table.fixed.get(cost, 0.0)
   )
-
-
-def _check_table(name: str, table: Any) -> None:
-  if isinstance(table, Mapping):
-    raise TypeError(
-      f'{name} takes one table, got those of {list(table)}: pass one of them'
-    )
-  if not isinstance(table, Table):
-    raise TypeError(f'{name} takes a search.Table, got {table!r}')
 
 
 def _number(name: str, limit: Any) -> float:

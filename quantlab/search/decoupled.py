@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from quantlab.search import knapsack
-from quantlab.search.allocate import Allocation, refuse_interactions
-from quantlab.search.table import Table, check_name
+from quantlab.search.allocate import Allocation, pareto, refuse_interactions
+from quantlab.search.table import Table
 
 Choice = tuple[int, ...]
 RATIOS = tuple(
@@ -57,7 +56,6 @@ def decoupled(
   """
   whole = joined(groups)
   for table in groups:
-    check_name('cost', cost, table.costs)
     refuse_interactions('decoupled', table)
   if len(start) != 2:
     raise ValueError(f'decoupled needs a start for each group, got {start!r}')
@@ -66,7 +64,7 @@ def decoupled(
   # Of the rows alone: what is not decided is no part of what is divided.
   groups = [dataclasses.replace(t, fixed={}) for t in groups]
   base = [t.cost(c, cost) for t, c in zip(groups, start, strict=True)]
-  fronts = [knapsack.front(t.values, t.costs[cost]) for t in groups]
+  fronts = [pareto(t, cost) for t in groups]
   found: dict[Choice, float] = {}
   for ratio in (1.0, *ratios):
     share = sum(base) / (ratio * base[0] + base[1])

@@ -71,7 +71,7 @@ def on_floats(
     del stat
     site = sites.get(target.name)
     mine = stats.get(site.id) if site is not None else None
-    return encoder(dataclasses.replace(target, site=site), mine, key)
+    return encoder.encode(dataclasses.replace(target, site=site), mine, key)
 
   return Encoder(encoder.name, encode)
 

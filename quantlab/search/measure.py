@@ -41,7 +41,6 @@ class Measure:
     self.names = tuple(names)
     self.base = program.float if base is None else base
     parts = {n: objectives.per_example(task, n) for n in names}
-    sound = objectives.sound(task)
     simulated = program.simulated()
 
     def forward(params, state, inputs):
@@ -49,11 +48,11 @@ class Measure:
 
     def contrast(params, state, inputs, targets, reference):
       outputs = forward(params, state, inputs)
-      found = {n: f(reference, outputs, *targets) for n, f in parts.items()}
-      return found, sound(reference, *targets)
+      return {n: f(reference, outputs, *targets) for n, f in parts.items()}
 
     self.forward: Callable = jax.jit(forward)
     self.contrast: Callable = jax.jit(contrast)
+    self.sound: Callable = jax.jit(objectives.sound(task))
 
   def __call__(
     self, choices: Sequence[Choice], track: Callable = lambda it, label: it
@@ -78,14 +77,14 @@ class Measure:
     for i, batch in enumerate(track(self.batches, 'measure')):
       inputs, targets = split(batch, self.task.targets, i)
       reference = self.forward(params, plain, inputs)
-      found = jax.device_get(
+      sound = self.sound(reference, *targets)
+      stats = jax.device_get(
         [
           self.contrast(params, s, inputs, targets, reference)
           for s in ([bits(self.base)] if moved else []) + states
         ]
       )
-      stats = [stat for stat, _ in found]
-      objectives.refuse_unsound(i, found[0][1])
+      objectives.refuse_unsound(i, sound)
       start = stats.pop(0) if moved else dict.fromkeys(self.names, (0, 0))
       for kept, stat in zip(sums, stats, strict=True):
         for n, (total, count) in stat.items():

@@ -48,11 +48,7 @@ def split(
       f'batch {index} has {len(args)} arrays; the last {targets} of them are '
       'targets, and at least one input must come before'
     )
-  if any(np.shape(x)[:1] == (0,) for x in jax.tree.leaves(args)):
-    raise ValueError(
-      f'batch {index} is empty: it has an array without examples (first axis '
-      '0). Remove the batch'
-    )
+  batches_lib.refuse_empty(args, f'batch {index}')
   return args[: len(args) - targets], args[len(args) - targets :]
 
 

@@ -281,7 +281,7 @@ class _Run:
     if set(objectives.DIRECT) & set(names):
       found |= self.measure(self.alone, runtime.track)
     else:  # the float model alone must be sound
-      self.measure([self.program.float])
+      self.measure([])
     if {'fisher', 'hessian'} & set(names):
       found |= taylor.fisher_and_hessian(
         self.expansion, self.batches, runtime.track

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 
 from quantlab import runtime
 from quantlab.search import samplers
-from quantlab.search.table import Table, check_name
+from quantlab.search.table import Table, check_name, check_table
 
 Choice = tuple[int, ...]
 SAMPLERS = ('nsga2', 'predicted', 'random')
@@ -67,8 +67,7 @@ class Study:
     seed: int = 0,
     worker: str | None = None,
   ):
-    if not isinstance(table, Table):
-      raise TypeError(f'a study is of a search.Table, got {table!r}')
+    check_table('Study', table)
     check_name('sampler', sampler, SAMPLERS)
     if isinstance(objectives, str):
       objectives = (objectives,)
@@ -160,8 +159,8 @@ class Study:
   def _numbers(self, found: Any) -> list[float]:
     """A measurement: as many numbers as there are objectives."""
     raw = np.ravel(np.asarray(found))
-    numeric = raw.dtype.kind in 'fiub'
-    values = raw.astype(float).tolist() if numeric else []
+    other = raw.dtype.kind in 'OSUMmc'  # bfloat16 has a kind of its own
+    values = [] if other else raw.astype(float).tolist()
     if len(values) != len(self.objectives):
       raise ValueError(
         f'measure must return a number for each of {list(self.objectives)}, '

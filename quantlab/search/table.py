@@ -389,6 +389,20 @@ def additive(table: Table) -> Table:
   return dataclasses.replace(table, interactions=None)
 
 
+def check_table(name: str, table: Any) -> None:
+  """Refuses what is not one table.
+
+  Raises:
+    TypeError: says what was found.
+  """
+  if isinstance(table, Mapping):
+    raise TypeError(
+      f'{name} takes one table, got those of {list(table)}: pass one of them'
+    )
+  if not isinstance(table, Table):
+    raise TypeError(f'{name} takes a search.Table, got {table!r}')
+
+
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:
   """The name, if it is known."""
   if name not in known:

@@ -162,6 +162,9 @@ def test_a_measurement_is_a_number_for_each_objective(tmp_path):
   one = study.Study(TABLE, tmp_path / 'one', first=2)
   one.run(lambda c: np.float32(loss(c)), 1)
   one.run(lambda c: jnp.asarray(loss(c)), 2)
+  half = study.Study(TABLE, tmp_path / 'half', first=2)
+  half.run(lambda c: jnp.asarray(loss(c), jnp.bfloat16), 1)
+  assert half.counts()['complete'] == 1
   two = study.Study(TABLE, tmp_path / 'two', ('loss', 'bytes'), first=2)
   two.run(lambda c: np.array(both(c)), 1)
   for made, found in (
