@@ -131,7 +131,7 @@ def allocations(
         continue
       table = tables[here]
       # Where zero is no change; around an option, less is better than nothing.
-      if metric not in ('lrp', 'sqnr') and here == metric:
+      if metric != 'sqnr' and here == metric:
         table = table.floored()
       if method != 'quadratic':  # the others know sums alone
         table = search.additive(table)

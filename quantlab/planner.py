@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from quantlab import handlers, layering, ops, rewrites
-from quantlab.core import Layout, Quantizer
+from quantlab.core import Layout, Quantizer, rng
 from quantlab.graph import rewrite, roles, tracing
 from quantlab.graph import sites as sites_lib
 from quantlab.graph.values import Dropped
@@ -431,6 +431,6 @@ def check_activation(site: sites_lib.Site, role: str, q: Quantizer) -> None:
 def _bytes(leaf: Any) -> tuple[int, int]:
   """(bytes, elements) of a parameter; keys count their raw words."""
   size = math.prod(leaf.shape)
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+  if rng.is_key(leaf):
     return leaf.dtype.itemsize * size, size
   return size * jnp.dtype(leaf.dtype).itemsize, size

@@ -291,6 +291,20 @@ def _names(sites: Sequence[Site], limit: int = 12) -> str:
   return ', '.join(ids[:limit]) + more
 
 
+def expression(pattern: str, what: str) -> re.Pattern[str]:
+  """A compiled regular expression.
+
+  Raises:
+    ValueError: it is none; `what` says what it was to be.
+  """
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise ValueError(
+      f'{what} {pattern!r} is not a regular expression: {error}'
+    ) from error
+
+
 def recipe(rules: Any, *, strict: bool | None = None) -> Recipe:
   """An ordered recipe from `{pattern: quantizer | rule | None}`.
 
@@ -319,12 +333,7 @@ def recipe(rules: Any, *, strict: bool | None = None) -> Recipe:
   for pattern, value in rules.items():
     if not isinstance(pattern, str):
       raise TypeError(f'recipe patterns are strings, got {pattern!r}')
-    try:
-      re.compile(pattern.removeprefix('site:'))
-    except re.error as error:
-      raise ValueError(
-        f'recipe pattern {pattern!r} is not a regular expression: {error}'
-      ) from error
+    expression(pattern.removeprefix('site:'), 'the recipe pattern')
     inner = value.rule if isinstance(value, Optional) else value
     entries.append(
       (pattern, _as_entry(inner, repr(pattern)), isinstance(value, Optional))

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantlab.core import Layout, QTensor, Quantizer
+from quantlab.core import Layout, QTensor, Quantizer, rng
 from quantlab.core import qtensor as qtensor_lib
 from quantlab.core.tree import path_str
 from quantlab.graph.segments import Segments, is_segments
@@ -102,7 +102,7 @@ def _items(pairs, path: Path, arrays: dict[str, Any]) -> list[list[Any]]:
 
 
 def _describe_array(x: Any, path: Path, arrays: dict[str, Any]) -> Node:
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+  if rng.is_key(x):
     impl = jax.random.key_impl(x)
     if not isinstance(impl, str):
       raise StructureError(

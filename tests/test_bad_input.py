@@ -239,7 +239,7 @@ def test_weights_without_elements():
 
 
 def test_calibration_is_empty():
-  with pytest.raises(ValueError, match='calibration is empty'):
+  with pytest.raises(ValueError, match='there is no batch'):
     ql.ptq(apply, PARAMS, {'': W8}, [])
 
 
@@ -254,15 +254,13 @@ def test_calibration_cannot_be_read_twice():
 
 @pytest.mark.parametrize('batches', [X, np.asarray(X), {'x': X}, 'path'])
 def test_one_batch_is_no_list_of_batches(batches):
-  with pytest.raises(
-    TypeError, match=r'a list of batches, got one .*\[batch\]'
-  ):
+  with pytest.raises(TypeError, match=r'given as a list, got one .*\[batch\]'):
     ql.ptq(apply, PARAMS, {'': W8}, batches)
 
 
 @pytest.mark.parametrize('batches', [None, 3, lambda: [X]])
 def test_calibration_is_nothing_to_iterate(batches):
-  with pytest.raises(TypeError, match='takes a list of batches, got'):
+  with pytest.raises(TypeError, match='given as a list, got'):
     ql.ptq(apply, PARAMS, {'': W8}, batches)
 
 
@@ -282,7 +280,7 @@ def test_batches_that_end_after_the_first_reading():
       while self.left:
         yield self.left.pop()
 
-  with pytest.raises(ValueError, match=r'calibration is empty.*more than once'):
+  with pytest.raises(ValueError, match=r'there is no batch.*more than once'):
     ql.ptq(apply, PARAMS, {'': STATIC}, Once())
 
 

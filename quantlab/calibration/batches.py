@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 _EMPTY = (
-  'calibration is empty: no batch to trace the function or to find activation '
-  'ranges with. Pass at least one batch, in a list or another object that can '
-  'be read more than once'
+  'there is no batch to trace the function, to find activation ranges or to '
+  'measure with. Pass at least one, in a list or another object that can be '
+  'read more than once'
 )
 
 
@@ -57,13 +57,13 @@ def first(batches: Iterable[Any]) -> tuple[Any, ...]:
   if isinstance(batches, Mapping | str) or hasattr(batches, 'shape'):
     # Iterating would take keys, letters or single rows for batches.
     raise TypeError(
-      f'calibration takes a list of batches, got one {type(batches).__name__}; '
+      f'batches are given as a list, got one {type(batches).__name__}; '
       'pass [batch]'
     )
   if not isinstance(batches, Iterable):
     raise TypeError(
-      f'calibration takes a list of batches, got {batches!r}; pass at least '
-      'one batch, as [batch]'
+      f'batches are given as a list, got {batches!r}; pass at least one '
+      'batch, as [batch]'
     )
   check_reiterable(batches)
   for batch in batches:

@@ -1,9 +1,29 @@
 """Random keys by name: one key comes in, and every site folds its own."""
 
 import hashlib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Key
+
+
+def check_key(key: Any) -> None:
+  """Refuses what is no typed random key; None passes.
+
+  Raises:
+    TypeError: says what was found.
+  """
+  if key is not None and not is_key(key):
+    raise TypeError(
+      f'key= takes a random key, got {key!r}; pass jax.random.key(seed)'
+    )
+
+
+def is_key(x: Any) -> bool:
+  """Whether something is an array of typed random keys."""
+  dtype = getattr(x, 'dtype', None)
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def fold_in_name(key: Key[Array, ''], name: str) -> Key[Array, '']:

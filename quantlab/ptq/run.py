@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from quantlab import layering, rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
+from quantlab.core import rng
 from quantlab.plan import Plan
 from quantlab.planner import make as make_plan
 from quantlab.ptq import walk
@@ -82,7 +82,7 @@ def ptq(
     OSError: `workdir` cannot be written; what was kept stays whole.
   """
   members = chain(transform)
-  _check_key(key)
+  rng.check_key(key)
   if hasattr(recipe, 'check_params'):  # an allocation, measured on one model
     recipe.check_params(params)
   args = batches_lib.first(batches)
@@ -160,16 +160,6 @@ def _variables(context: Context, encoded: walk.Encoded) -> dict[str, Any]:
     'sites': _merged(context.state, folds, biases),
     'effective': encoded.effective,
   }
-
-
-def _check_key(key: Any) -> None:
-  typed = hasattr(key, 'dtype') and jnp.issubdtype(
-    key.dtype, jax.dtypes.prng_key
-  )
-  if key is not None and not typed:
-    raise TypeError(
-      f'key= takes a random key, got {key!r}; pass jax.random.key(seed)'
-    )
 
 
 def _check_params(made: Plan, paths, leaves) -> None:

@@ -12,7 +12,6 @@ optimal for a normal law (arXiv 2307.16867).
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from quantlab.plan import Plan, SitePlan
 from quantlab.ptq.model import Quantized
 from quantlab.qat import low_bit
 from quantlab.qat.start import thawed
+from quantlab.recipe import expression
 
 Adapters = dict[str, dict[str, Array]]
 
@@ -196,17 +196,12 @@ def _with(variables, new):
 def _chosen(plan: Plan, pattern: str, rank: int) -> dict[str, SitePlan]:
   """The sites that get adapters, checked."""
   named = pattern.startswith('site:')
-  try:
-    expression = re.compile(pattern.removeprefix('site:'))
-  except re.error as error:
-    raise ValueError(
-      f'{pattern!r} is no regular expression: {error}'
-    ) from error
+  found_by = expression(pattern.removeprefix('site:'), 'the pattern')
   coded = {k: s for k, s in plan.quantized.items() if s.rule and s.rule.weight}
   found = {
     k: s
     for k, s in coded.items()
-    if any(map(expression.search, [k] if named else [f'/{p}' for p in s.paths]))
+    if any(map(found_by.search, [k] if named else [f'/{p}' for p in s.paths]))
   }
   if not found:
     raise ValueError(

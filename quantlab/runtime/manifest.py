@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -72,6 +73,8 @@ def fingerprint_arrays(tree: Any) -> str:
   digest = hashlib.sha256()
   for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
     x = _whole(x)
+    # As JAX takes it: the same numbers are the same model in float64 too.
+    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
     head = f'{jax.tree_util.keystr(path)} {x.dtype.name} {x.shape};'
     digest.update(head.encode())
     digest.update(np.ascontiguousarray(x).tobytes())
@@ -80,6 +83,8 @@ def fingerprint_arrays(tree: Any) -> str:
 
 def _whole(x: Any) -> np.ndarray:
   """All of an array, also of one that other processes hold parts of."""
+  if hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
   here = getattr(x, 'is_fully_addressable', True)
   if here or x.is_fully_replicated:
     return np.asarray(x)

@@ -12,7 +12,12 @@ import numpy as np
 from quantlab import runtime
 from quantlab.recipe import Entry, Recipe, by_layer
 from quantlab.search import baselines, knapsack, milp, quadratic
-from quantlab.search.table import Table, check_name, check_table
+from quantlab.search.table import (
+  Table,
+  check_name,
+  check_table,
+  refuse_failed,
+)
 
 METHODS = ('dp', 'milp', 'quadratic', 'greedy', 'random')
 
@@ -35,6 +40,8 @@ class Allocation:
 
   def __post_init__(self):
     self.table.check_choice(self.choice)
+    plain = tuple(int(k) for k in self.choice)  # JSON knows no NumPy numbers
+    object.__setattr__(self, 'choice', plain)
 
   def check_params(self, params: Any) -> None:
     """Refuses other parameters than the table was measured on.
@@ -177,7 +184,7 @@ def pareto(table: Table, cost: str = 'bytes') -> knapsack.Front:
   check_table('pareto', table)
   check_name('cost', cost, table.costs)
   refuse_interactions('pareto', table)
-  _refuse_failed(table)
+  refuse_failed(table)
   found = knapsack.front(table.values, table.costs[cost])
   return dataclasses.replace(
     found, cost=found.cost + table.fixed.get(cost, 0.0)
@@ -204,18 +211,9 @@ def refuse_interactions(what: str, table: Table) -> None:
     )
 
 
-def _refuse_failed(table: Table) -> None:
-  for row, value in zip(table.rows, table.values, strict=True):
-    if not np.isfinite(value).any():
-      raise ValueError(
-        f'every option of row {row.name!r} failed: {row.options} have the '
-        f'values {value.tolist()}'
-      )
-
-
 def _limits(table: Table, budgets: Mapping[str, float]) -> dict[str, float]:
   """Budgets of the rows alone; refuses those that nothing can meet."""
-  _refuse_failed(table)
+  refuse_failed(table)
   limits = {}
   for name, limit in budgets.items():
     fixed = table.fixed.get(name, 0.0)

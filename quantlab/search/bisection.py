@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from quantlab.search.table import Table, check_name
+from quantlab.search.table import Table, check_name, check_table, refuse_failed
 
 Choice = tuple[int, ...]
 
@@ -54,12 +54,25 @@ def bisect(
     cost: by which options are cheap.
 
   Raises:
-    ValueError: an unknown cost; not even the dearest options reach the
-      target.
+    ValueError: an unknown cost; rows of different numbers of options; one all
+      of whose options failed; not even the dearest options reach the target.
+    TypeError: no table.
   """
+  check_table('bisect', table)
   check_name('cost', cost, table.costs)
+  if len({len(r.options) for r in table.rows} - {1}) > 1:
+    raise ValueError(
+      'bisect lowers rows level by level, and needs the same number of options '
+      f'in each, or one: {[(r.name, len(r.options)) for r in table.rows]}'
+    )
+  refuse_failed(table)
   ranks = [np.argsort(c, kind='stable') for c in table.costs[cost]]
-  choice = [int(r[-1]) for r in ranks]
+  # Of the options that did not fail the dearest, by its rank.
+  tops = [
+    max(j for j, k in enumerate(r) if np.isfinite(v[k]))
+    for r, v in zip(ranks, table.values, strict=True)
+  ]
+  choice = [int(r[j]) for r, j in zip(ranks, tops, strict=True)]
   seen: dict[Choice, float] = {}
 
   def quality(candidate: Sequence[int]) -> float:
@@ -77,7 +90,10 @@ def bisect(
   settled: set[int] = set()
   violations = 0
   for level in range(max(map(len, ranks)) - 1):
-    order = _order(table, ranks, level, settled)
+    lower = [
+      i for i, top in enumerate(tops) if i not in settled and level < top
+    ]
+    order = _order(table, ranks, level, lower)
 
     def lowered(
       count: int, level=level, order=order, start=tuple(choice)
@@ -103,11 +119,10 @@ def bisect(
   return Bisection(found, quality(found), tuple(seen.items()), violations)
 
 
-def _order(table, ranks, level, settled) -> list[int]:
-  """Rows that may take the option of a level, the least sensitive first."""
-  rows = [
-    i for i, r in enumerate(ranks) if i not in settled and level < len(r) - 1
-  ]
+def _order(table, ranks, level, rows) -> list[int]:
+  """Those of the rows whose option of a level did not fail, the least
+  sensitive first.
+  """
   chosen = [int(r[min(level, len(r) - 1)]) for r in ranks]
   value = np.array(
     [v[k] for v, k in zip(table.values, chosen, strict=True)], float
@@ -115,5 +130,5 @@ def _order(table, ranks, level, settled) -> list[int]:
   if table.interactions is not None:
     at = table.index(chosen)
     value = value + table.interactions[np.ix_(at, at)].sum(1) / 2
-  value = np.where(np.isnan(value), np.inf, value)
-  return sorted(rows, key=lambda i: (value[i], i))
+  usable = [i for i in rows if np.isfinite(value[i])]
+  return sorted(usable, key=lambda i: (value[i], i))

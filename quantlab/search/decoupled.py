@@ -41,7 +41,7 @@ def decoupled(
     start: an option for each row of each group; what these rows cost is the
       budget.
     measure: of a choice for all rows, those of the first group first; small
-      is good, NaN never chosen.
+      is good, what is not finite never chosen.
     ratios: what the mean cost in the first group, over that in the second, is
       multiplied by; 1 is always among them.
     cost: what is divided.
@@ -74,7 +74,7 @@ def decoupled(
     choice = sum((f.within(b) for f, b in zip(fronts, limits, strict=True)), ())
     if choice not in found:
       found[choice] = float(measure(choice))
-  good = {c: v for c, v in found.items() if not np.isnan(v)}
+  good = {c: v for c, v in found.items() if math.isfinite(v)}
   if not good:
     raise ValueError(
       f'none of the {len(found)} choices within {sum(base):,g} {cost} measured '
@@ -105,4 +105,5 @@ def joined(groups: Sequence[Table]) -> Table:
     unit=f'{first.unit} | {second.unit}',
     interactions=None,
     fixed={},
+    layers={**first.layers, **second.layers},
   )

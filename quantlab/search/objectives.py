@@ -79,13 +79,15 @@ def per_example(
 
 
 def sound(task: metrics.Metric) -> Callable[..., jax.Array]:
-  """`(outputs, *targets) -> bool (2,)`: outputs, and loss, are finite."""
+  """`(outputs, *targets) -> bool (3,)`: outputs are finite, labels are
+  classes, the loss is finite.
+  """
 
   def run(outputs, *targets):
-    found = [jnp.isfinite(outputs).all(), jnp.array(True)]
+    found = [jnp.isfinite(outputs).all(), jnp.array(True), jnp.array(True)]
     if 'loss' in known(task):
-      loss = task.update(outputs, *targets)['loss']
-      found[1] = jnp.isfinite(loss).all()
+      stats = task.update(outputs, *targets)
+      found[1:] = [stats['fit'].all(), jnp.isfinite(stats['loss']).all()]
     return jnp.stack(found)
 
   return run
@@ -97,16 +99,21 @@ def refuse_unsound(index: int, found: Sequence[bool]) -> None:
   Raises:
     ValueError: names the batch.
   """
-  outputs, loss = found
+  outputs, labels, loss = found
   if not outputs:
     raise ValueError(
       f'the float model gives outputs that are not finite on batch {index}: '
       'the batch or the parameters hold NaN or Inf, or the model overflows'
     )
+  if not labels:
+    raise ValueError(
+      f'batch {index} has labels that are none of the classes, 0 to the length '
+      'of the last axis of the outputs less one'
+    )
   if not loss:
     raise ValueError(
       f'the loss of the float model is not finite on batch {index}, though its '
-      'outputs are: is every label one of its classes?'
+      'outputs are'
     )
 
 

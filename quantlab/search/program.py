@@ -46,7 +46,8 @@ def split(
   if len(args) <= targets:
     raise ValueError(
       f'batch {index} has {len(args)} arrays; the last {targets} of them are '
-      'targets, and at least one input must come before'
+      'targets, and at least one input must come before. batches is a list of '
+      'tuples (*inputs, *targets)'
     )
   batches_lib.refuse_empty(args, f'batch {index}')
   return args[: len(args) - targets], args[len(args) - targets :]

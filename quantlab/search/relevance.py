@@ -1,4 +1,11 @@
-"""Layer-wise relevance of every site (LRP-QViT, arXiv 2401.11243)."""
+"""Layer-wise relevance of every site (LRP-QViT, arXiv 2401.11243).
+
+The paper gives bits to relevant layers: with relevance c of a layer it
+maximizes sum_l c_l b_l within a budget ('lrp_bits'). That is linear in bits, so
+that its optimum has nearly every site at the fewest bits or at the most. The
+noise of a uniform quantizer falls fourfold with each bit, and what is minimized
+by default is the relevance it falls on, sum_l c_l 4^-b_l ('lrp').
+"""
 
 from __future__ import annotations
 
@@ -10,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantlab import planner, rewrites
+from quantlab.calibration import batches as batches_lib
 from quantlab.core import presets
 from quantlab.quality import metric as metrics
 from quantlab.recipe import Recipe, Rule
 from quantlab.search.program import Program, split
 from quantlab.search.simulate import Relevance
 
-FLOAT_BITS = 16  # what an option without a quantizer counts
+# Unit of each.
+METRICS = {'lrp': 'relevance x noise', 'lrp_bits': 'relevance x bits'}
+FLOAT_BITS = 16  # what bits are taken from
 
 
 def relevance(
@@ -24,25 +34,22 @@ def relevance(
   batches: Iterable[Any],
   task: metrics.Metric,
   track: Callable,
-) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-  """-c_l b_k of every option: relevance c of the row, bits b of the option.
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
+  """Relevance c of the rows, and what it makes of every option.
 
   Relevance starts at the largest logit of every position that counts and is
   passed down by the epsilon rule; c is the mean over examples of sum |R| at
-  the row's products, as a share of all rows. Maximizing sum_l c_l b_l within a
-  budget is the paper's allocation.
+  the row's products, as a share of all rows.
 
   Returns:
-    Values with standard errors over batches, by option; facts with the shares.
+    Values with standard errors over batches, by metric and option: 'lrp' and
+    'lrp_bits'; facts with the shares.
   """
   rows = program.space.rows
   places = program.space.places
   sites = list(dict.fromkeys(places[s][0] for r in rows for s in r.sites))
   hook = Rule(output=presets.int8(per='tensor'))
-  first = next(iter(batches), None)
-  if first is None:
-    raise ValueError('there is no batch to measure on; give at least one')
-  inputs, _ = split(first, task.targets)
+  inputs, _ = split(batches_lib.first(batches), task.targets)
   plan = planner.plan(
     program.apply,
     program.params,
@@ -78,15 +85,27 @@ def relevance(
   c = np.mean(samples, 0)
   n = len(samples)
   spread = np.std(samples, 0, ddof=1) / np.sqrt(n) if n > 1 else c * np.nan
-  entries = [
-    (-c[i] * bits(rule), spread[i] * bits(rule))
-    for i, r in enumerate(rows)
-    for rule in r.rules
-  ]
+  entries = {
+    name: [
+      (c[i] * f(rule), spread[i] * f(rule))
+      for i, r in enumerate(rows)
+      for rule in r.rules
+    ]
+    for name, f in (('lrp', noise), ('lrp_bits', bits_taken))
+  }
   return entries, {'relevance': {r.name: c[i] for i, r in enumerate(rows)}}
 
 
-def bits(rule: Rule | None) -> float:
-  """Mean bits of what an option quantizes."""
-  found = [q.bits for q in rule.quantizers.values()] if rule else []
-  return float(np.mean(found)) if found else FLOAT_BITS
+def noise(rule: Rule | None) -> float:
+  """Noise power of what an option quantizes, 4^-bits each; 0 in float."""
+  return (
+    sum((4.0**-q.bits for q in rule.quantizers.values()), 0.0) if rule else 0.0
+  )
+
+
+def bits_taken(rule: Rule | None) -> float:
+  """Mean bits that an option takes away from what it quantizes."""
+  found = (
+    [FLOAT_BITS - q.bits for q in rule.quantizers.values()] if rule else []
+  )
+  return float(np.mean(found)) if found else 0.0

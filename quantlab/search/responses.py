@@ -85,7 +85,11 @@ def _parts(measure, base, batch, memory: int) -> Iterator[Any]:
   size = math.ceil(examples / count)
   for start in range(0, examples, size):
     cut = slice(start, start + size)
-    yield jax.tree.map(lambda x: x[cut], (inputs, targets))  # noqa: B023
+
+    def part(x, cut=cut):  # what is not of the examples is for all of them
+      return x[cut] if np.shape(x)[:1] == (examples,) else x
+
+    yield jax.tree.map(part, (inputs, targets))
 
 
 def _gram(task: metrics.Metric, name: str) -> Callable:

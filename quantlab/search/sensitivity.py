@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quantlab import runtime
 from quantlab.calibration import batches as batches_lib
+from quantlab.core import rng
 from quantlab.core.tree import named_leaves
 from quantlab.ptq.transform import Encoder
 from quantlab.quality import metric as metrics
@@ -24,8 +27,8 @@ from quantlab.search import (
 )
 from quantlab.search.measure import Measure
 from quantlab.search.program import Inputs, Program
-from quantlab.search.space import Cost, Space, space
-from quantlab.search.table import Table
+from quantlab.search.space import Cost, space
+from quantlab.search.table import Table, uniform
 
 METRICS = (
   *objectives.DIRECT,
@@ -34,7 +37,7 @@ METRICS = (
   'hessian',
   'trace',
   'eigenvalue',
-  'lrp',
+  *relevance.METRICS,
 )
 # Metrics that know what two rows do jointly.
 INTERACTING = (*objectives.SMOOTH, 'hessian')
@@ -87,7 +90,8 @@ def sensitivity(
     hessian       E[g' d + 1/2 d' H d]
     trace         tr(H) / n ||d||^2, Hutchinson (HAWQ-v2)
     eigenvalue    lambda_max ||d||^2, power iteration (HAWQ); weights only
-    lrp           -relevance times bits (LRP-QViT)
+    lrp           relevance times the noise of its bits (of LRP-QViT)
+    lrp_bits      relevance times the bits taken away (LRP-QViT's objective)
 
   Args:
     apply: pure function `apply(params, *inputs)` that returns one array.
@@ -129,7 +133,8 @@ def sensitivity(
       interactions of one that has none; nothing to choose, options in
       conflict; no batches; outputs that are no single array; parameters,
       outputs or losses of the float model that are not finite.
-    TypeError: batches that can be read only once; `encode` is no encoder.
+    TypeError: batches that can be read only once, or are one batch; `encode`
+      is no encoder, `key` no key.
   """
   names = (metric,) if isinstance(metric, str) else tuple(metric)
   if not names:
@@ -160,24 +165,26 @@ def sensitivity(
       f'of={of!r} has no derivative at 0; use one of {objectives.SMOOTH}'
     )
   for what, count in (('probes', probes), ('iterations', iterations)):
-    if not (isinstance(count, int) and count > 0):
-      raise ValueError(f'{what} is a positive number, got {count!r}')
-  batches_lib.check_reiterable(batches)
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not (whole and count > 0):
+      raise ValueError(f'{what} is a positive whole number, got {count!r}')
+  if not (np.isreal(tolerance) and 0 < tolerance < 1):
+    raise ValueError(f'tolerance is between 0 and 1, got {tolerance!r}')
+  rng.check_key(key)
+  batches_lib.first(batches)
   if 'fisher' in names and of != 'loss':
     raise ValueError(
       f"'fisher' is made of gradients, and that of {of!r} is zero at the float "
       'model: it needs a task with a loss, and its labels'
     )
   inputs = Inputs(batches, task.targets)
-  first = next(iter(inputs), None)
-  if first is None:
-    raise ValueError('there is no batch to measure on; give at least one')
+  first = next(iter(inputs))
   _check_outputs(apply, params, first, task, names, of)
   found = space(
     *(apply, params, choices, *first), ties=ties, costs=costs, layers=layers
   )
   found.plan.check_finite(dict(named_leaves(params)))
-  start = None if base is None else _at(found, base)
+  start = None if base is None else uniform(found.rows, base)
   given = inputs if calibration is None else calibration
   key = jax.random.key(0) if key is None else key
   program = Program(apply, params, found, given)
@@ -214,10 +221,15 @@ def _check_outputs(apply, params, inputs, task, names, of) -> None:
   try:
     found = jax.eval_shape(apply, params, *inputs)
   except TypeError as error:
+    hint = (
+      ''
+      if _binds(apply, params, *inputs)
+      else '. Labels are no inputs where the task has them: '
+      f'task={task.name} takes {task.targets} off the end'
+    )
     raise TypeError(
       f'apply(params, *inputs) cannot be called with the {len(inputs)} '
-      f'input(s) of a batch: {error}. Labels are no inputs where the task has '
-      f'them: task={task.name} takes {task.targets} off the end'
+      f'input(s) of a batch: {error}{hint}'
     ) from error
   shapes = [x.shape for x in jax.tree.leaves(found)]
   if not isinstance(found, jax.ShapeDtypeStruct) or len(found.shape) < 2:
@@ -226,7 +238,20 @@ def _check_outputs(apply, params, inputs, task, names, of) -> None:
       'sensitivity needs one array (examples, ..., classes), such as logits: '
       'give a function that picks it'
     )
-  derived = set(names) - set(objectives.DIRECT) - {'weight_error', 'lrp'}
+  if not jnp.issubdtype(found.dtype, jnp.floating):
+    raise ValueError(
+      f'apply returns {found.dtype}; what an error changes in the outputs is '
+      'measured on floating-point ones, such as logits'
+    )
+  examples = {np.shape(x)[:1] for x in jax.tree.leaves(inputs)}
+  if found.shape[:1] not in examples:
+    raise ValueError(
+      f'apply returns {found.shape}, and no input of the batch has a first '
+      f'axis of that length: {[np.shape(x) for x in jax.tree.leaves(inputs)]}. '
+      'Examples are along the first axis of both'
+    )
+  derived = set(names) - set(objectives.DIRECT)
+  derived -= {'weight_error', *relevance.METRICS}
   classes = {'kl', 'loss'} & {*names, *([of] if derived else [])}
   if classes and found.shape[-1] == 1:
     raise ValueError(
@@ -235,15 +260,15 @@ def _check_outputs(apply, params, inputs, task, names, of) -> None:
     )
 
 
-def _at(found: Space, option: str) -> tuple[int, ...]:
-  """The choice of one option in every row."""
-  missing = [r for r in found.rows if option not in r.options]
-  if missing:
-    raise ValueError(
-      f'base={option!r} is no option of {missing[0].name!r}, which has '
-      f'{list(missing[0].options)}'
-    )
-  return tuple(r.options.index(option) for r in found.rows)
+def _binds(function: Callable, *args: Any) -> bool:
+  """Whether a function takes this number of arguments, as far as is known."""
+  try:
+    inspect.signature(function).bind(*args)
+  except TypeError:
+    return False
+  except ValueError:  # it has no signature
+    pass
+  return True
 
 
 def _root_mean_square(x: np.ndarray) -> float | None:
@@ -304,10 +329,11 @@ class _Run:
         runtime.track,
       )
       facts |= more
-    if 'lrp' in names:
-      found['lrp'], more = relevance.relevance(
+    if set(relevance.METRICS) & set(names):
+      both, more = relevance.relevance(
         self.program, self.batches, self.task, runtime.track
       )
+      found |= both
       facts |= more
     return found, facts
 
@@ -354,4 +380,4 @@ def _unit(name: str, of: str) -> str:
     return objectives.DIRECT[name]
   if name == 'weight_error':
     return 'squared weight'
-  return 'relevance x bits' if name == 'lrp' else objectives.DIRECT[of]
+  return relevance.METRICS.get(name) or objectives.DIRECT[of]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from quantlab import cost, layering, planner
 from quantlab.core import Quantizer
 from quantlab.graph import tracing
 from quantlab.plan import Plan
-from quantlab.recipe import PerLayer, Recipe, Rule
+from quantlab.recipe import PerLayer, Recipe, Rule, expression
 from quantlab.recipe import recipe as as_recipe
 from quantlab.search.table import Columns, Row
 
@@ -307,7 +306,8 @@ def _matched(ids: Sequence[str], ties) -> list[list[str]]:
       raise ValueError('ties hold an empty group; a group names sites')
     hits: list[str] = []
     for word in words:
-      match = [word] if word in ids else [k for k in ids if _find(word, k)]
+      match = [word] if word in ids else []
+      match = match or list(filter(expression(word, 'the tie').search, ids))
       if not match:
         raise ValueError(
           f'the tie {word!r} finds no site that is chosen; there are {ids}'
@@ -315,15 +315,6 @@ def _matched(ids: Sequence[str], ties) -> list[list[str]]:
       hits += match
     found.append(list(dict.fromkeys(hits)))
   return found
-
-
-def _find(pattern: str, name: str) -> bool:
-  try:
-    return re.search(pattern, name) is not None
-  except re.error as error:
-    raise ValueError(
-      f'the tie {pattern!r} is no site, and no regular expression: {error}'
-    ) from error
 
 
 def _price(traced, made: Space, models):

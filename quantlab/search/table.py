@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from quantlab.recipe import Rule
+from quantlab.recipe import Rule, expression
 
 Columns = tuple[np.ndarray, ...]
 
@@ -106,6 +105,16 @@ class Table:
           f'the {what} have the shapes {sizes}; expected one number for each '
           f'option of {[(r.name, len(r.options)) for r in self.rows]}'
         )
+    unknown = [n for n in self.fixed if n not in self.costs]
+    if unknown:
+      raise ValueError(
+        f'fixed costs {unknown} are none of the costs {list(self.costs)}'
+      )
+    for name, x in self.fixed.items():
+      if not (math.isfinite(x) and x >= 0):
+        raise ValueError(
+          f'the fixed cost {name!r} is a number from 0 on, got {x!r}'
+        )
     if any(np.isinf(v).any() for v in self.values):
       raise ValueError('values are numbers, or NaN where one failed; found inf')
     for name, columns in self.costs.items():
@@ -117,6 +126,8 @@ class Table:
         )
     size = len(self.flat)
     q = self.interactions
+    if q is not None and not np.isfinite(q).all():
+      raise ValueError('interactions hold NaN or infinity')
     if q is not None and (q.shape != (size, size) or not np.allclose(q, q.T)):
       raise ValueError(
         f'interactions are symmetric, ({size}, {size}); got {q.shape}'
@@ -135,13 +146,14 @@ class Table:
     Raises:
       ValueError: says which row, and what it has.
     """
-    if len(choice) != len(self.rows):
+    if np.ndim(choice) != 1 or len(choice) != len(self.rows):
       raise ValueError(
         f'a choice has one option for each of {len(self.rows)} rows, got '
-        f'{tuple(choice)}'
+        f'{choice!r}'
       )
     for row, k in zip(self.rows, choice, strict=True):
-      if not 0 <= int(k) < len(row.options) or int(k) != k:
+      whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+      if not (whole and 0 <= k < len(row.options)):
         raise ValueError(
           f'row {row.name!r} has the options 0 to {len(row.options) - 1} '
           f'{row.options}, got {k!r}'
@@ -185,17 +197,7 @@ class Table:
     Raises:
       ValueError: names a row that has no such option.
     """
-    found = []
-    for row in self.rows:
-      if option in row.options:
-        found.append(row.options.index(option))
-      elif len(row.options) == 1:
-        found.append(0)
-      else:
-        raise ValueError(
-          f'row {row.name!r} has no option {option!r}; it has {row.options}'
-        )
-    return tuple(found)
+    return uniform(self.rows, option)
 
   def tied(self, groups: Iterable[Sequence[str]]) -> Table:
     """Rows joined so that each group takes one option.
@@ -266,12 +268,8 @@ class Table:
 
     What the others cost is not in `fixed`: budgets are for these rows alone.
     """
-    try:
-      keep = [i for i, r in enumerate(self.rows) if re.search(pattern, r.name)]
-    except re.error as error:
-      raise ValueError(
-        f'{pattern!r} is not a regular expression: {error}'
-      ) from error
+    search = expression(pattern, 'the pattern').search
+    keep = [i for i, r in enumerate(self.rows) if search(r.name)]
     if not keep:
       raise ValueError(
         f'no row matches {pattern!r}: {[r.name for r in self.rows]}'
@@ -384,6 +382,21 @@ class Table:
     )
 
 
+def uniform(rows: Sequence[Row], option: str) -> tuple[int, ...]:
+  """See `Table.uniform`."""
+  found = []
+  for row in rows:
+    if option in row.options:
+      found.append(row.options.index(option))
+    elif len(row.options) == 1:
+      found.append(0)
+    else:
+      raise ValueError(
+        f'row {row.name!r} has no option {option!r}; it has {row.options}'
+      )
+  return tuple(found)
+
+
 def additive(table: Table) -> Table:
   """The table without its interactions."""
   return dataclasses.replace(table, interactions=None)
@@ -401,6 +414,20 @@ def check_table(name: str, table: Any) -> None:
     )
   if not isinstance(table, Table):
     raise TypeError(f'{name} takes a search.Table, got {table!r}')
+
+
+def refuse_failed(table: Table) -> None:
+  """Refuses a table with a row none of whose options can be chosen.
+
+  Raises:
+    ValueError: names it.
+  """
+  for row, value in zip(table.rows, table.values, strict=True):
+    if not np.isfinite(value).any():
+      raise ValueError(
+        f'every option of row {row.name!r} failed: {row.options} have the '
+        f'values {value.tolist()}'
+      )
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -286,7 +286,7 @@ def test_refusals():
   with pytest.raises(ValueError, match=r"rank=17 .*'head', a matrix 32 x 16"):
     ql.lora(apply, plan, '.', rank=17)
   ql.lora(apply, plan, '^/layers', rank=17)
-  with pytest.raises(ValueError, match='no regular expression'):
+  with pytest.raises(ValueError, match='not a regular expression'):
     ql.lora(apply, plan, '(')
   with pytest.raises(ValueError, match='bits takes 1 to 8'):
     ql.lora(apply, plan, '.', bits=9)

@@ -336,14 +336,55 @@ def test_interactions_are_never_ignored_unsaid():
   assert len(search.pareto(plain)) > 1
 
 
+def test_an_integer_program_is_solved_to_the_end():
+  """HiGHS stops within 1e-6 of the optimum, however small values are."""
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(10, 30)
+    sizes = 10 ** rng.uniform(-8, 0, (rows, 1))
+    values = sizes * [1, 0.25, 0.06, 0.01] * rng.uniform(0.7, 1.3, (rows, 4))
+    costs = rng.integers(100, 10000, (rows, 1)) * np.array([2, 3, 4, 8])
+    table = table_of(values, {'bytes': costs})
+    limit = costs[:, 0].sum() * rng.uniform(1.1, 3.5)
+    dp, milp = (ql.allocate(table, limit, m) for m in ('dp', 'milp'))
+    assert milp.costs['bytes'] <= limit
+    assert milp.value == pytest.approx(dp.value, rel=1e-9, abs=0)
+
+
+def test_bisection_starts_at_options_that_did_not_fail():
+  nan = np.nan
+  table = table_of(
+    [[3.0, 2.0, nan], [1.0, nan, 0.0], [nan, 1.0, 0.0]],
+    {'bytes': [[1, 2, 3]] * 3},
+  )
+  found = search.bisect(table, lambda c: sum(c), 0)
+  assert found.choice == (0, 0, 1)
+  assert all(
+    np.isfinite([v[k] for v, k in zip(table.values, c, strict=True)]).all()
+    for c, _ in found.measured
+  )
+  two = table_of([[1.0, 0], [2.0, 1, 0]], {'bytes': [[1, 2], [1, 2, 3]]})
+  with pytest.raises(ValueError, match='same number of options'):
+    search.bisect(two, sum, 0)
+  with pytest.raises(TypeError, match='pass one of them'):
+    search.bisect({'kl': table}, sum, 0)
+  failed = table_of([[nan, nan]], {'bytes': [[1, 2]]})
+  with pytest.raises(ValueError, match="every option of row 'r0' failed"):
+    search.bisect(failed, sum, 0)
+
+
 def test_a_choice_is_an_option_of_each_row():
   table, _ = draw(2)
   rows = len(table.rows)
-  for wrong in ((-1,), (99,), (0.5,)):
+  for wrong in ((-1,), (99,), (0.5,), ('a',), (None,), (True,)):
     with pytest.raises(ValueError, match="row 'r0' has the options"):
       search.Allocation(table, wrong + (0,) * (rows - 1), 'mine', {})
-  with pytest.raises(ValueError, match='one option for each of'):
-    search.Allocation(table, (0,), 'mine', {})
+  for wrong in ((0,), 3, None):
+    with pytest.raises(ValueError, match='one option for each of'):
+      search.Allocation(table, wrong, 'mine', {})
+  numpy = search.Allocation(table, np.zeros(rows, int), 'mine', {})
+  plain = search.Allocation(table, (0,) * rows, 'mine', {})
+  assert json.dumps(numpy.to_json()) == json.dumps(plain.to_json())
 
 
 def test_what_is_no_table_is_refused():
@@ -377,6 +418,10 @@ def test_what_is_no_table_is_refused():
     ),
     ('found inf', lambda d: d['values'][0].__setitem__(0, -np.inf)),
     ('this is no table', lambda d: d.update(rows=3)),
+    ('none of the costs', lambda d: d['fixed'].update(much=1.0)),
+    ('from 0 on', lambda d: d['fixed'].update(bytes=-1.0)),
+    ('from 0 on', lambda d: d['fixed'].update(bytes=np.nan)),
+    ('NaN or infinity', lambda d: d.update(interactions=[[np.nan]])),
     ('could not convert', lambda d: d['values'][0].__setitem__(0, 'much')),
     ('one number for each option', lambda d: d['stderr'].pop()),
   ):
@@ -476,7 +521,13 @@ def test_groups_that_cannot_share_are_refused():
     search.decoupled(groups[:1], start[:1], sum)
   with pytest.raises(ValueError, match=r"rows in common: \['r0'\]"):
     search.decoupled([groups[0], whole], start, sum)
-  with pytest.raises(ValueError, match='choices within 6 bytes measured as'):
-    search.decoupled(groups, start, lambda c: float('nan'))
+  for failed in (float('nan'), float('-inf')):
+    with pytest.raises(ValueError, match='choices within 6 bytes measured as'):
+      search.decoupled(groups, start, lambda c, failed=failed: failed)
+  named = [
+    dataclasses.replace(t, layers={n: (f'{n}[0]',)})
+    for t, n in zip(groups, 'ab', strict=True)
+  ]
+  assert [*search.joined(named).layers] == ['a', 'b']
   # Where only one division can be met, it is taken.
   assert search.decoupled(groups, [(0,), (0, 0)], sum).choice == (0, 0, 0)

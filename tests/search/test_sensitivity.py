@@ -419,10 +419,18 @@ def test_relevance_is_conserved():
   def relu(p, x):
     return jax.nn.relu(jax.nn.relu(jnp.abs(x) @ p['a']) @ p['b'])
 
-  table = ql.sensitivity(relu, params, {'': [ql.int2(), ql.int4()]}, XS, 'lrp')
+  formats = [ql.int2(), ql.rule(weight=ql.int4(), input=ql.int8()), None]
+  tables = ql.sensitivity(relu, params, {'': formats}, XS, ('lrp', 'lrp_bits'))
+  table = tables['lrp']
   found = table.facts['relevance']
   assert found['a'] == pytest.approx(0.5, abs=0.005)
-  assert table.values[0][1] == pytest.approx(-4 * found['a'])
+  shares = np.outer([found['a'], found['b']], [1, 1, 1])
+  np.testing.assert_allclose(
+    table.values, shares * [4**-2, 4**-4 + 4**-8, 0], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    tables['lrp_bits'].values, shares * [14, 10, 0], rtol=1e-6
+  )
   # Without positive weights relevance cancels, and is not the same.
   other = ql.sensitivity(mlp, PARAMS, {'': [ql.int2(), ql.int4()]}, XS, 'lrp')
   assert abs(other.facts['relevance']['a'] - 0.5) > 0.01
@@ -534,7 +542,7 @@ def test_what_cannot_be_is_said():
     ql.sensitivity(mlp, PARAMS, other, XS, ties=[('a', 'b')])
   with pytest.raises(ValueError, match="tie 'c' finds no site"):
     ql.sensitivity(mlp, PARAMS, choices, XS, ties=[('a', 'c')])
-  with pytest.raises(ValueError, match="base='int4' is no option"):
+  with pytest.raises(ValueError, match="has no option 'int4'"):
     ql.sensitivity(mlp, PARAMS, choices, XS, base='int4')
   for name in ('sqnr', 'fisher'):
     with pytest.raises(ValueError, match='start at the float model'):

@@ -45,8 +45,9 @@ def test_a_batch_the_float_model_fails_on_is_named(metric):
     ValueError, match='outputs that are not finite on batch 1'
   ):
     run([LABELLED[0], (broken, YS[1]), LABELLED[2]])
-  with pytest.raises(ValueError, match=r'loss .* not finite on batch 2'):
-    run([*LABELLED[:2], (XS[2], YS[2] + 1)])
+  for off in (1, -1):  # -1 would index the last class
+    with pytest.raises(ValueError, match='batch 2 has labels that are none of'):
+      run([*LABELLED[:2], (XS[2], YS[2] + off)])
   with pytest.raises(ValueError, match='batch 1 is empty'):
     run([LABELLED[0], (XS[0][:0], YS[0][:0])])
   with pytest.raises(ValueError, match='hold NaN or infinity: b'):
@@ -65,16 +66,27 @@ def test_slips_are_told_from_each_other():
   refused(ValueError, 'one array', apply=lambda p, x: {'y': mlp(p, x)})
   refused(ValueError, 'one array', apply=lambda p, x: mlp(p, x).sum())
   refused(ValueError, 'one array', apply=lambda p, x: mlp(p, x)[:, 0])
-  refused(ValueError, 'probes is a positive', metric='trace', probes=0)
+  refused(
+    ValueError, 'and no input .* first axis', apply=lambda p, x: mlp(p, x[:2])
+  )
+  refused(ValueError, 'returns int32', apply=lambda p, x: mlp(p, x).astype(int))
+  for wrong in (0, True, 2.5):
+    refused(ValueError, 'probes is a positive', metric='trace', probes=wrong)
+  for wrong in (0, -1.0, np.nan, 2):
+    refused(ValueError, 'tolerance is between', tolerance=wrong)
+  refused(TypeError, r'pass jax\.random\.key\(seed\)', metric='trace', key=0)
+  for wrong in (None, 3, {'x': XS[0]}, XS[0]):
+    refused(TypeError, r'batches are given as a list', batches=wrong)
+  refused(ValueError, 'there is no batch', batches=[])
   refused(
     ValueError, 'iterations is a positive', metric='eigenvalue', iterations=0
   )
   refused(ValueError, 'names at least one of', metric=())
   refused(ValueError, 'an empty group', ties=[()])
-  refused(ValueError, 'no regular expression', ties=['('])
+  refused(ValueError, 'not a regular expression', ties=['('])
   refused(TypeError, "rule for '/a' must be", choices={'/a': ['int4']})
-  refused(ValueError, "is no option of 'a'", base='int3')
-  refused(ValueError, "is no option of 'a'", base='int3', encode=ql.gptq())
+  refused(ValueError, "row 'a' has no option", base='int3')
+  refused(ValueError, "row 'a' has no option", base='int3', encode=ql.gptq())
   refused(ValueError, 'says nothing of', costs={'mine': lambda plan: {}})
   refused(TypeError, 'it returned 3', costs={'mine': lambda plan: 3})
   memory = {'peak': ql.cost.peak_memory}
@@ -100,3 +112,58 @@ def test_the_name_of_one_metric_has_interactions_too():
   table = measure(interactions='kl')
   assert table.interactions.shape == (4, 4)
   assert search.additive(table).interactions is None
+
+
+def test_what_goes_wrong_within_a_model_is_not_laid_to_labels():
+  def broken(params, x):
+    return mlp(params, x) + None
+
+  with pytest.raises(TypeError, match='cannot be called') as found:
+    measure(apply=broken)
+  assert 'Labels' not in str(found.value)
+
+
+def test_labels_that_no_mask_counts_may_be_anything():
+  """As language models have them; those that count are classes."""
+  mask = np.ones(6, bool)
+  mask[0] = False
+  labels = np.where(mask, YS[0], -100)
+
+  def of(labels):
+    batches = [(x[None], labels[None], mask[None]) for x in XS]
+    return measure(batches, metric='loss', task=quality.language_model)
+
+  zeros = np.where(mask, YS[0], 0)
+  np.testing.assert_array_equal(of(labels).values, of(zeros).values)
+  labels[1] = -1
+  with pytest.raises(ValueError, match='batch 0 has labels'):
+    of(labels)
+
+
+def test_parameters_may_hold_random_keys():
+  """As the state of an nnx model with Dropout does."""
+  params = {**PARAMS, 'rng': jax.random.key(3)}
+  table = measure(params=params)
+  found = ql.allocate(table, 1e6)
+  assert ql.ptq(mlp, params, found, XS).plan.quantized
+  with pytest.raises(ValueError, match='another model'):
+    ql.ptq(mlp, {**params, 'rng': jax.random.key(4)}, found, XS)
+
+
+def test_the_same_numbers_in_float64_are_the_same_model():
+  double = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
+  found = ql.allocate(measure(params=double), 1e6)
+  assert ql.ptq(mlp, PARAMS, found, XS).plan.quantized
+
+
+def test_inputs_that_are_no_examples_stay_whole():
+  """A scalar among the inputs, where batches are taken in parts."""
+
+  def scaled(params, x, factor):
+    return mlp(params, x) * factor
+
+  batches = [(x, jnp.float32(1)) for x in XS]
+  ours = measure(batches, apply=scaled, interactions=True)
+  np.testing.assert_allclose(
+    ours.interactions, measure(interactions=True).interactions, atol=1e-7
+  )
