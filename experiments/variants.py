@@ -25,7 +25,13 @@ FORMATS = tuple(
   for n, value in vars(presets).items()
   if inspect.isfunction(value) and hasattr(ql, n)
 )
-SCALES = ('absmax', 'absmean', 'absmedian', 'minmax', 'mse', 'percentile')
+SCALES = tuple(
+  n
+  for n, value in vars(ql.scales).items()
+  if inspect.isclass(value)
+  and issubclass(value, ql.scales.Rule)
+  and value is not ql.scales.Rule
+)
 TRANSFORMS: dict[str, Callable] = {
   f.__name__: f
   for f in (

@@ -1,9 +1,9 @@
 """Static activation ranges, streamed over calibration batches.
 
-Pass one finds the extremes of every activation; ranges by percentile or by
-squared error need a second pass, which counts values in bins between those
-extremes. Both statistics are monoids (max; sum), so that batches, devices and
-reused layers merge exactly, and nothing of a batch is kept.
+Pass one finds the extremes of every activation; ranges by percentile, squared
+error or divergence need a second pass, which counts values in bins between
+those extremes. Both statistics are monoids (max; sum), so that batches, devices
+and reused layers merge exactly, and nothing of a batch is kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantlab import core, rewrites
+from quantlab.calibration import entropy
 from quantlab.calibration.batches import checked
 from quantlab.core import Quantizer, scales
 from quantlab.plan import Plan
@@ -218,7 +219,7 @@ def _refuse_unseen(extremes):
 
 
 def _needs_counts(q: Quantizer) -> bool:
-  return isinstance(q.scale, scales.mse | scales.percentile)
+  return isinstance(q.scale, scales.mse | scales.percentile | scales.kl)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -241,24 +242,31 @@ def _search(q: Quantizer, lo, hi, counts):
   if isinstance(q.scale, scales.percentile):
     return _percentile(q, centres, counts)
   rule = q.scale
-  if not isinstance(rule, scales.mse):
+  if isinstance(rule, scales.kl):
+    # A code at least one bin: with fewer nothing is merged, and nothing lost.
+    least = min(2**q.bits / BINS, 1.0)
+    ratios = jnp.linspace(least, 1.0, rule.candidates)
+    counts = jnp.where((edges[:-1] <= 0) & (edges[1:] > 0), 0, counts)
+  elif isinstance(rule, scales.mse):
+    ratios = jnp.asarray(rule.ratios())
+  else:
     raise TypeError(f'{rule!r} needs no search')
-  plain = dataclasses.replace(q, scale=_full_range(q), static=False)
+  plain = dataclasses.replace(q, scale=scales.full(q.symmetric), static=False)
 
   def error(ratio):
     qp = core.fit_range(
       (lo * ratio)[None, None], (hi * ratio)[None, None], plain
     )
-    x_hat = core.fake_quantize(centres[None], plain, qp, axis=-1)[0]
-    return jnp.sum(counts * jnp.abs(x_hat - centres) ** rule.p)
 
-  ratios = jnp.asarray(rule.ratios())
+    def rounded(x):
+      return core.fake_quantize(x[None], plain, qp, axis=-1)[0]
+
+    if isinstance(rule, scales.kl):
+      return entropy.divergence(counts, centres, rounded)
+    return jnp.sum(counts * jnp.abs(rounded(centres) - centres) ** rule.p)
+
   best = ratios[jnp.argmin(jax.lax.map(error, ratios))]
   return lo * best, hi * best
-
-
-def _full_range(q: Quantizer):
-  return scales.absmax() if q.symmetric else scales.minmax()
 
 
 def _percentile(q, centres, counts):

@@ -76,7 +76,7 @@ class Quantizer:
     if (self.per, self.group, self.block) == (None, None, None):
       put('per', 'channel')
     if self.scale is None:
-      put('scale', scales.absmax() if self.symmetric else scales.minmax())
+      put('scale', scales.full(self.symmetric))
     self._check_words()
     self._check_granularity()
     self._check_ranges()
@@ -159,6 +159,12 @@ class Quantizer:
       raise ValueError(
         f'{self.scale!r} sets the scale of ternary() and binary() itself; '
         f'{fmt.name} needs a range: absmax(), percentile() or mse()'
+      )
+    if isinstance(self.scale, scales.kl) and not self.static:
+      raise ValueError(
+        f'{self.scale!r} compares distributions that calibration counts: it '
+        'needs static=True, and is not for weights. mse() and percentile() '
+        'are'
       )
     if self.learned:
       if self.per is None:

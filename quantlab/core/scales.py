@@ -150,6 +150,30 @@ class mse(Rule):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class kl(Rule):
+  """Clips a static activation so that its distribution changes least.
+
+  Entropy calibration: of ratios of the full range, the one of least
+  KL(clipped || quantized) between histograms (`quantlab.calibration.entropy`).
+  It reads what calibration counts, and so is of static quantizers alone.
+
+  Attributes:
+    candidates: number of ratios, from one bin of the histogram a code to 1.
+  """
+
+  candidates: int = 256
+
+  def __post_init__(self):
+    if not isinstance(self.candidates, int) or self.candidates < 1:
+      raise ValueError(
+        f'kl takes an integer candidates >= 1, found {self.candidates!r}'
+      )
+
+  def range(self, x, units, symmetric):
+    raise TypeError('kl() reads a histogram that only calibration counts')
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class absmean(Rule):
   """The mean magnitude as the scale itself (BitNet b1.58, arXiv 2402.17764)."""
 
@@ -184,8 +208,14 @@ class absmedian(Rule):
     return -hi, hi
 
 
+def full(symmetric: bool) -> Rule:
+  """The rule that clips nothing."""
+  return absmax() if symmetric else minmax()
+
+
 _RULES = {
-  r.__name__: r for r in (absmax, minmax, percentile, mse, absmean, absmedian)
+  r.__name__: r
+  for r in (absmax, minmax, percentile, mse, kl, absmean, absmedian)
 }
 
 

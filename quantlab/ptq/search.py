@@ -75,7 +75,12 @@ def _nearest(quantizer: Quantizer | None) -> Quantizer | None:
   """A quantizer for simulation: its range is passed, nothing is random."""
   if quantizer is None:
     return None
-  return dataclasses.replace(quantizer, static=False, rounding='nearest')
+  scale = quantizer.scale
+  if isinstance(scale, scales.kl):  # of whole histograms; a sample has none
+    scale = scales.full(quantizer.symmetric)
+  return dataclasses.replace(
+    quantizer, static=False, rounding='nearest', scale=scale
+  )
 
 
 def _over_rows(where: Input, site: Site, vector, neutral):

@@ -419,7 +419,11 @@ def test_relevance_is_conserved():
   def relu(p, x):
     return jax.nn.relu(jax.nn.relu(jnp.abs(x) @ p['a']) @ p['b'])
 
-  formats = [ql.int2(), ql.rule(weight=ql.int4(), input=ql.int8(per='token')), None]
+  formats = [
+    ql.int2(),
+    ql.rule(weight=ql.int4(), input=ql.int8(per='token')),
+    None,
+  ]
   tables = ql.sensitivity(relu, params, {'': formats}, XS, ('lrp', 'lrp_bits'))
   table = tables['lrp']
   found = table.facts['relevance']
