@@ -39,7 +39,10 @@ def get_config(bits: str = '8'):
       },
       'power of two': _both(format=f'int{bits}', scale_format='pow2'),
     },
-    'clipping': {'none': {}, 'divergence': {'input': {'scale': {'rule': 'kl'}}}},
+    'clipping': {
+      'none': {},
+      'divergence': {'input': {'scale': {'rule': 'kl'}}},
+    },
     'granularity': {
       kind: {
         'weight': {'per': kind},

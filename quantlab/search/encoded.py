@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantlab import handlers, rewrites
+from quantlab import handlers, layering, rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
 from quantlab.core.tree import named_leaves
@@ -40,6 +40,8 @@ def on_floats(
 ) -> Encoder:
   """The encoder with statistics of the float stream for every weight.
 
+  The layers of a scanned stack are encoded one by one, each on its own inputs.
+
   Args:
     encoder: a member of a chain, such as `ql.gptq()`.
     apply, params: the float model.
@@ -47,18 +49,18 @@ def on_floats(
     batches: re-iterable calibration batches.
 
   Raises:
-    ValueError: a site of the model lies in a scan, whose layers an encoder
-      that reads data would have to take one by one.
+    ValueError: a site lies in nested loops, whose layers are not taken one by
+      one.
   """
   if encoder.observe is None:
     return encoder
-  scanned = [s.id for s in plan.quantized.values() if s.loops]
-  if scanned:
-    raise ValueError(
-      f'{encoder.name} takes no sites in a scan here, and the model has '
-      f'{scanned[:3]}; encode= takes ql.rtn() for them'
-    )
   sites = _sites(apply, params, plan, batches_lib.first(batches))
+  for name, site in sites.items():
+    if site.loops and (why := layering.whole(site)):
+      raise ValueError(
+        f'{encoder.name} takes the layers of a scan one by one, and {name!r} '
+        f'{why}; encode= takes ql.rtn() for it'
+      )
   observer = encoder.observe(plan)
   stats = ranges.stream(
     rewrites.observe(apply, observer, plan, quantize=False),
@@ -70,8 +72,23 @@ def on_floats(
   def encode(target, stat, key):
     del stat
     site = sites.get(target.name)
-    mine = stats.get(site.id) if site is not None else None
-    return encoder.encode(dataclasses.replace(target, site=site), mine, key)
+    if site is None:
+      return encoder.encode(dataclasses.replace(target, site=None), None, key)
+    mine = stats.get(site.id)
+    if not site.loops:
+      return encoder.encode(dataclasses.replace(target, site=site), mine, key)
+    made = [
+      encoder.encode(
+        dataclasses.replace(
+          target, site=site, weight=target.weight[i], layer=(i,)
+        ),
+        jax.tree.map(lambda x, i=i: x[i], mine),
+        None if key is None else jax.random.fold_in(key, i),
+      )
+      for i in range(site.loops[0])
+    ]
+    codes = jax.tree.map(lambda *xs: jnp.stack(xs), *(q for q, _ in made))
+    return codes, {str(i): facts for i, (_, facts) in enumerate(made) if facts}
 
   return Encoder(encoder.name, encode)
 

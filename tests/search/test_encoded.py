@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graph import programs
+from jax import lax
 
 import quantlab as ql
 from quantlab.search import encoded
@@ -102,3 +103,57 @@ def test_only_encoders_of_single_weights_are_taken():
   for encode, found in ((eight_bits, 'int8'), (nothing, 'NoneType')):
     with pytest.raises(ValueError, match=f"mine makes {found}.*'a'; the plan"):
       measure(dataclasses.replace(rounded, name='mine', encode=encode))
+
+
+def test_layers_of_a_scan_are_encoded_one_by_one():
+  """A table of a scanned model is that of the loop written out."""
+  stack = jnp.stack([W(8, 8, scale=0.5) for _ in range(3)])
+  head = W(8, 4, scale=0.5)
+  apart = {'layers': [{'w': w} for w in stack], 'head': head}
+  together = {'layers': {'w': stack}, 'head': head}
+  scales = np.exp(np.arange(8) / 3)
+  xs = [(W(64, 8, scale=1.0) * scales,) for _ in range(2)]
+
+  def layer(x, p):
+    return x + jnp.tanh(x @ p['w']), None
+
+  def scanned(p, x):
+    return lax.scan(layer, x, p['layers'])[0] @ p['head']
+
+  def loop(p, x):
+    for one in p['layers']:
+      x, _ = layer(x, one)
+    return x @ p['head']
+
+  def measure(apply, params, encode, **more):
+    return ql.sensitivity(
+      apply, params, CHOICES, xs, 'kl', encode=encode, **more
+    )
+
+  theirs = measure(loop, apart, ql.gptq())
+  ours = measure(scanned, together, ql.gptq(), layers=True)
+  where = {r.name: v for r, v in zip(theirs.rows, theirs.values, strict=True)}
+  for row, value in zip(ours.rows, ours.values, strict=True):
+    name = f'layers/{row.name[-2]}/w' if '[' in row.name else row.name
+    np.testing.assert_allclose(value, where[name], rtol=1e-3)
+  rounded = measure(scanned, together, ql.rtn(), layers=True)
+  assert sum(v[1] for v in ours.values) < sum(v[1] for v in rounded.values)
+
+
+def test_nested_scans_are_refused():
+  stack = jnp.stack([jnp.stack([W(8, 8), W(8, 8)]) for _ in range(2)])
+  params = {'w': stack, 'head': W(8, 4)}
+
+  def inner(x, w):
+    return jnp.tanh(x @ w), None
+
+  def apply(p, x):
+    def outer(x, w):
+      return lax.scan(inner, x, w)[0], None
+
+    return lax.scan(outer, x, p['w'])[0] @ p['head']
+
+  with pytest.raises(ValueError, match=r"gptq .* 'w' is in nested scans over"):
+    ql.sensitivity(
+      apply, params, CHOICES, [(W(16, 8),)], 'kl', encode=ql.gptq()
+    )
