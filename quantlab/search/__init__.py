@@ -13,6 +13,7 @@ from quantlab.search.distill import distill as distill
 from quantlab.search.encoded import Encoded as Encoded
 from quantlab.search.knapsack import Front as Front
 from quantlab.search.measure import Measure as Measure
+from quantlab.search.measured import measured as measured
 from quantlab.search.program import Inputs as Inputs
 from quantlab.search.program import Program as Program
 from quantlab.search.sensitivity import METRICS as METRICS

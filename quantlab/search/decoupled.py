@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quantlab.search.allocate import Allocation, pareto, refuse_interactions
+from quantlab.search.measured import least
 from quantlab.search.table import Table
 
 Choice = tuple[int, ...]
@@ -65,22 +66,15 @@ def decoupled(
   groups = [dataclasses.replace(t, fixed={}) for t in groups]
   base = [t.cost(c, cost) for t, c in zip(groups, start, strict=True)]
   fronts = [pareto(t, cost) for t in groups]
-  found: dict[Choice, float] = {}
+  choices: list[Choice] = []
   for ratio in (1.0, *ratios):
     share = sum(base) / (ratio * base[0] + base[1])
     limits = (ratio * share * base[0], share * base[1])
     if any(f.cost[0] > b for f, b in zip(fronts, limits, strict=True)):
       continue
-    choice = sum((f.within(b) for f, b in zip(fronts, limits, strict=True)), ())
-    if choice not in found:
-      found[choice] = float(measure(choice))
-  good = {c: v for c, v in found.items() if math.isfinite(v)}
-  if not good:
-    raise ValueError(
-      f'none of the {len(found)} choices within {sum(base):,g} {cost} measured '
-      'as a number'
-    )
-  best = min(good, key=good.__getitem__)
+    parts = (f.within(b) for f, b in zip(fronts, limits, strict=True))
+    choices.append(sum(parts, ()))
+  best = least(choices, measure)
   return Allocation(whole, best, 'decoupled', {cost: sum(base)})
 
 

@@ -522,7 +522,7 @@ def test_groups_that_cannot_share_are_refused():
   with pytest.raises(ValueError, match=r"rows in common: \['r0'\]"):
     search.decoupled([groups[0], whole], start, sum)
   for failed in (float('nan'), float('-inf')):
-    with pytest.raises(ValueError, match='choices within 6 bytes measured as'):
+    with pytest.raises(ValueError, match='choices measured as a number'):
       search.decoupled(groups, start, lambda c, failed=failed: failed)
   named = [
     dataclasses.replace(t, layers={n: (f'{n}[0]',)})
@@ -531,3 +531,37 @@ def test_groups_that_cannot_share_are_refused():
   assert [*search.joined(named).layers] == ['a', 'b']
   # Where only one division can be met, it is taken.
   assert search.decoupled(groups, [(0,), (0, 0)], sum).choice == (0, 0, 0)
+
+
+def test_measurement_decides_between_allocations():
+  table, at = draw(5)
+  rows = len(table.rows)
+  choices = [ql.allocate(table, at['bytes'], m) for m in ('dp', 'random')]
+  true = table_of(
+    [np.random.default_rng(9).random(len(v)) for v in table.values],
+    {'bytes': list(table.costs['bytes'])},
+  )
+  calls = []
+
+  def measure(choice):
+    calls.append(choice)
+    return true.predict(choice)
+
+  best = search.measured([*choices, choices[0]], measure)
+  assert best in choices
+  assert len(calls) == len(set(calls)) == len({c.choice for c in choices})
+  assert true.predict(best.choice) == min(map(true.predict, calls))
+  # What failed is not chosen, and nothing at all is an error.
+  first = choices[0].choice
+  again = search.measured(choices, lambda c: np.nan if c == first else 1.0)
+  assert again.choice == choices[1].choice
+  with pytest.raises(ValueError, match='none of 2 choices measured'):
+    search.measured(choices, lambda c: np.inf)
+  with pytest.raises(ValueError, match='at least one allocation'):
+    search.measured([], measure)
+  other = search.Allocation(
+    table.select('r0'), choices[0].choice[:1], 'mine', {}
+  )
+  if rows > 1:
+    with pytest.raises(ValueError, match='of other rows'):
+      search.measured([choices[0], other], measure)
