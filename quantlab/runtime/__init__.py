@@ -12,3 +12,4 @@ from quantlab.runtime.usage import timed as timed
 from quantlab.runtime.workdir import Workdir as Workdir
 from quantlab.runtime.workdir import WorkdirError as WorkdirError
 from quantlab.runtime.workdir import check_owner as check_owner
+from quantlab.runtime.workdir import make_writable as make_writable

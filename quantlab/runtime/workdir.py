@@ -48,7 +48,7 @@ class Workdir:
     self._writes = jax.process_index() == 0
     try:
       if self._writes:
-        _make_writable(self.path)
+        make_writable(self.path)
         self._lock = _lock(self.path)
         self.resumed = check_owner(self.path, config)
         self._sign(seed)
@@ -141,7 +141,7 @@ def _same(now: Mapping[str, Any], session: Mapping[str, Any]) -> bool:
   return all(files.to_jsonable(v) == session.get(k) for k, v in now.items())
 
 
-def _make_writable(path: epath.Path) -> None:
+def make_writable(path: epath.Path) -> None:
   """Makes the folder and tries a write, so that failing costs no work."""
   probe = path / f'.probe.{os.getpid()}'
   try:

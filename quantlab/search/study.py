@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pathlib
+import re
 import time
 import uuid
 import warnings
@@ -31,6 +32,7 @@ from quantlab.search.table import Table, check_name, check_table
 Choice = tuple[int, ...]
 SAMPLERS = ('nsga2', 'predicted', 'random')
 _UNSIGNED = 30.0  # seconds that a trial may run without its worker's name
+_GUARD = 'reclaim'  # a file beside those of the workers
 
 
 class Study:
@@ -45,13 +47,16 @@ class Study:
     sampler: 'nsga2', 'predicted' (NSGA-II on boosted trees) or 'random'.
     first: trials of a Sobol design before the sampler's own.
     known: objectives that need no measurement to predict: `choice -> value`.
-    seed: of the design and, with the worker's name, of the sampler.
-    worker: name of this worker among those of the study, none twice; a random
-      one by default. With a name one worker's draws are repeatable.
+    seed: of the design and, with the worker's name, of the sampler; below
+      2^31.
+    worker: name of this worker among those of the study, none twice: it names
+      a file. A random one by default; with a name one worker's draws are
+      repeatable.
 
   Raises:
     ValueError: the storage cannot be reached, or holds a study of another
-      space under this name; a worker of this name is running.
+      space under this name; a worker of this name is running; names or
+      numbers that cannot be used.
   """
 
   def __init__(
@@ -71,14 +76,18 @@ class Study:
     check_name('sampler', sampler, SAMPLERS)
     if isinstance(objectives, str):
       objectives = (objectives,)
-    if not objectives:
-      raise ValueError('a study needs at least one objective to minimize')
+    _check_storage(storage)
+    _check_names(name, objectives, worker)
+    _check_count('first', first, 0)
+    _check_count('seed', seed, 0)
     for each in known or ():
       check_name('objective in known=', each, objectives)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     self.table, self.objectives = table, tuple(objectives)
     self.sizes = {r.name: len(r.options) for r in table.rows}
-    self.worker = worker or uuid.uuid4().hex
+    self.worker = uuid.uuid4().hex if worker is None else worker
+    # A worker that was killed may come back under its name.
+    self._life = uuid.uuid4().hex
     self._locks = _locks_of(storage)
     made = self._sampler(sampler, first, dict(known or {}), seed)
     shown = os.fspath(storage)
@@ -120,7 +129,8 @@ class Study:
     """Measures choices until the study has this many finished trials.
 
     What was begun by workers that are gone is taken up first. A measurement
-    that is NaN or infinite is recorded as failed, and is never best.
+    that is NaN or infinite is recorded as failed, and is never best; so is one
+    that raises `optuna.TrialPruned`, while any other exception ends the run.
 
     Args:
       measure: the objectives of a choice, all to be small.
@@ -129,8 +139,14 @@ class Study:
 
     Raises:
       ValueError: a start is no choice; a measurement has not as many numbers
-        as there are objectives.
+        as there are objectives; `trials` is no number of trials.
+      TypeError: `measure` cannot be called.
     """
+    if not callable(measure):
+      raise TypeError(
+        f'measure must be a function choice -> numbers, got {measure!r}'
+      )
+    _check_count('trials', trials, 1)
     for choice in starts:
       self.table.check_choice(choice)
     for choice in starts:
@@ -139,6 +155,7 @@ class Study:
 
     def objective(trial):
       trial.set_user_attr('worker', self.worker)
+      trial.set_user_attr('life', self._life)
       choice = tuple(
         trial.suggest_int(n, 0, k - 1) for n, k in self.sizes.items()
       )
@@ -146,6 +163,9 @@ class Study:
         values = self._numbers(measure(choice))
       except Exception as error:
         trial.set_user_attr('values', [repr(error)])
+        raise
+      except BaseException:  # stopped from the keyboard: measured again
+        trial.set_user_attr('killed', True)
         raise
       if not np.isfinite(values).all():
         trial.set_user_attr('values', [str(v) for v in values])
@@ -178,7 +198,7 @@ class Study:
     """
     if self._locks is None:
       return 0
-    with open(self._locks / 'reclaim', 'w') as guard:
+    with open(self._locks / _GUARD, 'w') as guard:
       fcntl.flock(guard, fcntl.LOCK_EX)
       storage, queued = self.study._storage, 0
       trials = self.study.get_trials(deepcopy=False)
@@ -201,9 +221,11 @@ class Study:
     if worker is None:
       begun = trial.datetime_start
       return begun is not None and time.time() - begun.timestamp() > _UNSIGNED
+    if worker == self.worker:  # begun by this process, or by one before it
+      return trial.user_attrs.get('life') != self._life
     path = self._locks / worker
-    if worker == self.worker or not path.exists():
-      return worker != self.worker
+    if not path.exists():
+      return True
     with open(path) as lock:
       try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,10 +256,10 @@ class Study:
   def history(self) -> list[tuple[Choice, tuple[float, ...] | None]]:
     """Finished trials in order; None where one failed."""
     return [
-      (self._choice(t), tuple(t.values) if t.values else None)
+      (self._choice(t), tuple(t.values) if done else None)
       for t in self.study.get_trials(deepcopy=False)
-      if t.state == TrialState.COMPLETE
-      or (t.state == TrialState.FAIL and 'values' in t.user_attrs)
+      if (done := t.state == TrialState.COMPLETE)
+      or (t.state.is_finished() and 'values' in t.user_attrs)
     ]
 
   def best(self) -> list[tuple[Choice, tuple[float, ...]]]:
@@ -284,6 +306,44 @@ class Study:
         'name, or let go of that study first'
       ) from None
     return lock
+
+
+def _check_storage(storage: Any) -> None:
+  if not isinstance(storage, str | os.PathLike) or not os.fspath(storage):
+    raise TypeError(
+      f'storage={storage!r}: expected the path of a journal file, or the URL '
+      'of a database'
+    )
+
+
+def _check_names(name: Any, objectives: Sequence[Any], worker: Any) -> None:
+  """Refuses names that a study or a file cannot have."""
+  if not objectives:
+    raise ValueError('a study needs at least one objective to minimize')
+  for each in (name, *objectives):
+    if not isinstance(each, str) or not each:
+      raise TypeError(
+        f'a study and its objectives have names such as "loss", got {each!r}'
+      )
+  if len(set(objectives)) < len(objectives):
+    raise ValueError(f'objectives={tuple(objectives)}: expected each once')
+  if worker is None:
+    return
+  fits = isinstance(worker, str) and re.fullmatch(r'\w[\w.+-]{,99}', worker)
+  if not fits or worker == _GUARD:
+    raise ValueError(
+      f'worker={worker!r} names a file: expected letters, digits and "_.+-", '
+      f'and not {_GUARD!r}; such as "worker_0"'
+    )
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  if not whole or not least <= value < 2**31:
+    raise ValueError(
+      f'{name}={value!r}: expected a whole number, at least {least} and below '
+      '2^31'
+    )
 
 
 def _is_url(storage: str | os.PathLike) -> bool:

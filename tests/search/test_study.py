@@ -158,6 +158,72 @@ def test_what_cannot_be_is_said(tmp_path):
   del alive
 
 
+@pytest.mark.parametrize(
+  ('match', 'fields'),
+  [
+    *((r'worker=.*names a file', {'worker': w}) for w in ('a/b', '..', '', 3)),
+    ("and not 'reclaim'", {'worker': 'reclaim'}),
+    *(('seed=.*whole number', {'seed': s}) for s in (None, -1, 0.5, 2**40)),
+    *(('first=.*whole number', {'first': n}) for n in (-1, True, '8')),
+    ('at least one objective', {'objectives': ()}),
+    ('expected each once', {'objectives': ('loss', 'loss')}),
+    *(('have names such as', {'objectives': o}) for o in ((3,), ('',))),
+    ('have names such as', {'name': None}),
+    *(('storage=.*expected the path', {'storage': s}) for s in (None, '', 3)),
+  ],
+)
+def test_arguments_are_checked_before_anything_is_written(
+  tmp_path, match, fields
+):
+  arguments = {'storage': tmp_path / 'runs' / 'journal', **fields}
+  with pytest.raises((TypeError, ValueError), match=match):
+    study.Study(TABLE, **arguments)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_run_begins_no_trial(tmp_path):
+  made = study.Study(TABLE, tmp_path / 'journal')
+  for trials in (0, -3, 2.5, None, float('nan')):
+    with pytest.raises(ValueError, match=r'trials=.*whole number, at least 1'):
+      made.run(loss, trials)
+  with pytest.raises(TypeError, match='measure must be a function'):
+    made.run(3.0, 4)
+  assert made.study.get_trials() == []
+
+
+def test_every_trial_is_accounted_for(tmp_path):
+  """Pruned by a measure, stopped by a user, left by a worker of our name."""
+  path = tmp_path / 'journal'
+  first = study.Study(TABLE, path, worker='a')
+  with pytest.raises(KeyboardInterrupt):
+    first.run(_raising(KeyboardInterrupt), 1)
+  with pytest.raises(SystemExit):  # as when killed, the trial is left running
+    first.run(_raising(SystemExit), 1)
+  # The stopped one is taken up again, and left.
+  assert first.counts()['killed'] == first.counts()['running'] == 1
+  first._lock.close()
+  again = study.Study(TABLE, path, worker='a')
+  again.run(_raising(study.optuna.TrialPruned, 'too slow'), 2)
+  counts = again.counts()
+  assert counts['failed'] == counts['finished'] == 2
+  assert counts['killed'] == 2
+  assert counts['running'] == counts['waiting'] == 0
+  trials = again.study.get_trials()
+  assert sum(counts.values()) - counts['finished'] == len(trials)
+  assert [v for _, v in again.history()] == [None, None]
+  lost, *_, last = trials
+  assert again.history()[0][0] == tuple(lost.params.values())
+  assert 'too slow' in last.user_attrs['values'][0]
+  assert again.best() == []
+
+
+def _raising(kind, *words):
+  def measure(choice):
+    raise kind(*words)
+
+  return measure
+
+
 def test_a_measurement_is_a_number_for_each_objective(tmp_path):
   one = study.Study(TABLE, tmp_path / 'one', first=2)
   one.run(lambda c: np.float32(loss(c)), 1)
