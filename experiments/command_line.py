@@ -1,6 +1,8 @@
 """What the launchers share: flags read without tracebacks."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 
@@ -21,3 +23,22 @@ def parse(argv: list[str]) -> list[str]:
   except (AttributeError, OSError) as error:  # an unknown field, no such file
     sys.exit(f'error: --config: {error}'.replace(r'\n', ' '))
   return rest
+
+
+def guarded(run: Callable[..., Any], *args: Any) -> Any:
+  """Runs; what is refused, and Ctrl-C, end with a message.
+
+  Args:
+    run: of a launcher, which goes on where it was.
+    *args: of it.
+
+  Returns:
+    What it returns.
+  """
+  try:
+    return run(*args)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    print('stopped; the same command goes on from here', file=sys.stderr)
+    sys.exit(130)

@@ -10,13 +10,19 @@ measured on. Copies of the command are workers of one study; one that is killed
 loses nothing. `--storage` is a file that all see, or the URL of a database.
 """
 
-import sys
-
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 
 import quantlab as ql
-from experiments import command_line, sensitivity, spaces, variants
+from experiments import (
+  command_line,
+  fields,
+  search_configs,
+  sensitivity,
+  spaces,
+  variants,
+)
 from quantlab import report, runtime, search
 from quantlab.report import plots, search_plots
 from quantlab.runtime import files
@@ -38,18 +44,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
   """One worker's part; returns the front as rows."""
-  work = spaces.workload(config)
-  if work is None:
+  fields.check_launcher(config, 'refine')
+  if not isinstance(trials, int) or trials < 1:
+    fields.refuse('trials', trials, 'a whole number of them, at least 1')
+  variants.check_name('sampler', sampler, study.SAMPLERS)
+  if not search_configs.ready(config):
     return []
-  try:
-    kept = files.read_json(f'{workdir}/tables.json')
-  except FileNotFoundError:
-    raise variants.ConfigError(
-      f'{workdir!r} has no tables.json: run experiments.search there first'
-    ) from None
-  runtime.check_owner(workdir, config.to_dict())
+  kept = _kept(config, workdir)
+  variants.check_name('metric', metric, tuple(kept))
+  runtime.make_writable(epath.Path(workdir) / 'refined')
+  work = spaces.workload(config)
   tables = spaces.read_tables(f'{workdir}/tables.json', kept, work)
-  variants.check_name('metric', metric, tuple(tables))
   table = search.additive(tables[metric])
   objective = objectives.default(work.metric)
   program = spaces.program(config, work)
@@ -94,23 +99,35 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
   return rows
 
 
+def _kept(config, workdir):
+  """Tables in JSON, of a search that the config has made in a folder."""
+  try:
+    kept = files.read_json(f'{workdir}/tables.json')
+  except OSError as error:
+    raise variants.ConfigError(
+      f'{workdir!r} has no tables.json that can be read ({error.strerror}): '
+      'run experiments.search there first'
+    ) from None
+  if not isinstance(kept, dict):
+    raise variants.ConfigError(
+      f'{workdir}/tables.json holds no tables by metric: remove it, and run '
+      'experiments.search there again'
+    )
+  runtime.check_owner(workdir, config.to_dict())
+  return kept
+
+
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """The command: flags in, a front or a message out."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   if not (values.config and values.workdir and values.storage):
     raise app.UsageError('--config, --workdir and --storage are needed')
-  try:
-    run(
-      values.config,
-      values.workdir,
-      values.storage,
-      values.trials,
-      values.sampler,
-      values.metric,
-    )
-  except ValueError as error:
-    sys.exit(f'error: {error}')
+  command_line.guarded(
+    run,
+    *(values.config, values.workdir, values.storage),
+    *(values.trials, values.sampler, values.metric),
+  )
 
 
 if __name__ == '__main__':

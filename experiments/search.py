@@ -11,7 +11,6 @@ manifest.json, tables.json, plan.json (by name; `ql.Plan.from_json` reads one,
 `ql.ptq` takes it), metrics.json and report.html. The same command resumes.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -22,24 +21,29 @@ from experiments import (
   allocated,
   command_line,
   decoupled,
+  fields,
+  search_configs,
   sensitivity,
   spaces,
-  variants,
 )
-from quantlab import models, report, runtime, search
+from quantlab import report, runtime, search
 from quantlab.report import plots, search_plots
 
 
 def solve(config: Any, workdir: str) -> dict[str, Any]:
   """The allocations of a table that the config carries; flat metrics."""
-  table = spaces.from_config(config)
+  table = search_configs.check_table(config)
   metrics: dict[str, Any] = {}
   chosen = {}
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
     for cost, limit in config.budgets.items():
       for method in config.methods:
         found = ql.allocate(
-          table, {cost: limit}, method, ties=config.ties, seed=config.seed
+          table,
+          {cost: limit},
+          method,
+          ties=config.get('ties', ()),
+          seed=config.seed,
         )
         name = f'{cost}/{method}'
         chosen[name] = [found.options[r.name] for r in found.table.rows]
@@ -47,7 +51,7 @@ def solve(config: Any, workdir: str) -> dict[str, Any]:
         metrics |= {f'{name}/{k}': v for k, v in found.costs.items()}
         print(f'{name:18} objective {found.value:.4f} ', found.costs)
     folder.write_json('metrics.json', metrics)
-    rows = [r.name for r in table.tied(config.ties).rows]
+    rows = [r.name for r in table.tied(config.get('ties', ())).rows]
     page = report.render_search(
       config.get('title', 'Allocation'), {}, {'Options': _map(rows, chosen)}
     )
@@ -57,13 +61,12 @@ def solve(config: Any, workdir: str) -> dict[str, Any]:
 
 def run(config: Any, workdir: str) -> dict[str, Any]:
   """Runs a config in a folder; returns the flat metrics."""
-  if 'model' not in config:
+  if fields.check_launcher(config, 'search') == 'rows':
     return solve(config, workdir)
-  work = spaces.workload(config)
-  if work is None:
+  if not search_configs.ready(config):
     return {}
-  check(config, work)
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
+    work = spaces.workload(config)
     tables = spaces.tables(folder, config, work)
     tables |= allocated.tables(folder, config, work)
     found = allocations(config, tables)
@@ -77,37 +80,6 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     report.print_rows(rows)
     folder.write_text('report.html', _page(config, tables, found, rows))
     return dict(folder.metrics.values)
-
-
-def check(config: Any, work: models.Workload) -> None:
-  """Refuses, before anything is measured, what could not be solved after.
-
-  Raises:
-    ConfigError: an unknown option, cost, metric, encoder or method; groups
-      that do not divide the rows; no measured seconds of a product.
-  """
-  try:
-    table = spaces.unmeasured(config, work)
-    for option in config.budgets:
-      table.uniform(option)
-  except ValueError as error:
-    raise variants.ConfigError(str(error)) from error
-  variants.check_name('cost', config.cost, tuple(table.costs))
-  for pair in config.allocations:
-    if isinstance(pair, str) or len(pair) != 2:
-      raise variants.ConfigError(
-        f'allocations={config.allocations!r}: expected pairs of a table and a '
-        f"method such as ('kl', 'dp'), got {pair!r}"
-      )
-    name, method = pair
-    metric, *encoder = name.removesuffix('@').split('.')
-    variants.check_name('metric', metric, search.METRICS)
-    for each in encoder:
-      allocated.encoder(each)
-    variants.check_name('method', method, search.METHODS)
-  for each in config.encoders:
-    allocated.encoder(each)
-  decoupled.check(config, table, spaces.metrics(config, work))
 
 
 def allocations(
@@ -213,13 +185,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   if values.config is None or not values.workdir:
     raise app.UsageError('--config and --workdir are needed')
-  try:
-    run(values.config, values.workdir)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  except KeyboardInterrupt:
-    print('stopped; the same command goes on from here', file=sys.stderr)
-    sys.exit(130)
+  command_line.guarded(run, values.config, values.workdir)
 
 
 if __name__ == '__main__':

@@ -14,14 +14,13 @@ the same one, and then measures no table again.
 """
 
 import dataclasses
-import sys
 from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import command_line, spaces, variants
+from experiments import command_line, fields, search_configs, spaces
 from quantlab import models, quality, report, runtime, search
 from quantlab.quality import estimate, functions
 from quantlab.report import plots, search_plots
@@ -38,15 +37,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def run(config: Any, workdir: str) -> dict[str, Any]:
   """Runs a config in a folder; returns the flat metrics."""
-  if 'model' not in config:
-    raise variants.ConfigError(
-      'this config is a table of published numbers: there is no model to '
-      'measure. Run experiments.search on it'
-    )
-  work = spaces.workload(config)
-  if work is None:
+  fields.check_launcher(config, 'sensitivity')
+  if not search_configs.ready(config):
     return {}
   with runtime.Workdir(workdir, config.to_dict(), seed=config.seed) as folder:
+    work = spaces.workload(config)
     tables = spaces.tables(folder, config, work)
     truth = _truth(folder, config, work, tables)
     rows = _correlations(tables, truth)
@@ -215,13 +210,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   if values.config is None or not values.workdir:
     raise app.UsageError('--config and --workdir are needed')
-  try:
-    run(values.config, values.workdir)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
-  except KeyboardInterrupt:
-    print('stopped; the same command goes on from here', file=sys.stderr)
-    sys.exit(130)
+  command_line.guarded(run, values.config, values.workdir)
 
 
 if __name__ == '__main__':

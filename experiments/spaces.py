@@ -52,20 +52,26 @@ def _labelled(work: models.Workload) -> list[Any]:
 
 def _distilled(work: models.Workload, count: int, seed: int) -> Any:
   """The model with one batch that its BatchNorms expect, for calibration."""
+  x, _ = search.distill(
+    *(work.apply, work.params, like(work, count)), jax.random.key(seed)
+  )
+  batch = data.Batches((np.asarray(x),), count)
+  return dataclasses.replace(work, calibration=batch)
+
+
+def like(work: models.Workload, count: int) -> jax.ShapeDtypeStruct:
+  """The shape of so many distilled examples.
+
+  Raises:
+    ConfigError: the model is no classifier.
+  """
   if work.metric.name != 'classification':
     raise variants.ConfigError(
       f'distilled={count} is for classifiers with BatchNorms; {work.name!r} is '
       f'judged by {work.metric.name}'
     )
-  [like] = work.example
-  x, _ = search.distill(
-    work.apply,
-    work.params,
-    jax.ShapeDtypeStruct((count, *np.shape(like)[1:]), like.dtype),
-    jax.random.key(seed),
-  )
-  batch = data.Batches((np.asarray(x),), count)
-  return dataclasses.replace(work, calibration=batch)
+  [found] = work.example
+  return jax.ShapeDtypeStruct((count, *np.shape(found)[1:]), found.dtype)
 
 
 def judged_on(config: Any, work: models.Workload) -> Part:
@@ -93,11 +99,17 @@ def choices(config: Any) -> dict[str, Any]:
 
 def metrics(config: Any, work: models.Workload) -> tuple[str, ...]:
   """The metrics of a config that the task has."""
+  known = has(work)
+  return tuple(m for m in config.metrics if m in known)
+
+
+def has(work: models.Workload) -> tuple[str, ...]:
+  """The metrics that the task of a model has."""
   known = objectives.known(work.metric)
   absent = {n for n in objectives.DIRECT if n not in known}
   if 'loss' in absent:  # of what else the gradient is zero
     absent.add('fisher')
-  return tuple(m for m in config.metrics if m not in absent)
+  return tuple(m for m in search.METRICS if m not in absent)
 
 
 def tables(
@@ -108,6 +120,8 @@ def tables(
   if kept is not None:
     return read_tables('tables.json', kept, work)
   names = metrics(config, work)
+  if absent := [m for m in config.metrics if m not in names]:
+    print(f'not measured, a task of {work.metric.name} has none:', *absent)
   with runtime.timed() as timer:
     found = _measure(config, work, names)
   folder.write_json('tables.json', {k: t.to_json() for k, t in found.items()})
@@ -140,9 +154,11 @@ def unmeasured(config: Any, work: models.Workload) -> search.Table:
 
   What a config asks for can be tried on it before anything is measured.
   """
-  inputs, _ = program_lib.split(
-    next(iter(measured_on(config, work))), work.metric.targets
-  )
+  if config.get('distilled', 0):
+    inputs: Any = (like(work, config.distilled),)
+  else:
+    batch = next(iter(measured_on(config, work)))
+    inputs, _ = program_lib.split(batch, work.metric.targets)
   found = space(config, work, inputs, costs(config))
   zeros = tuple(np.zeros(len(r.options)) for r in found.rows)
   return search.Table(
@@ -251,25 +267,30 @@ def program(config: Any, work: models.Workload) -> search.Program:
   return search.Program(work.apply, work.params, found, work.calibration)
 
 
-def workload(config: Any) -> models.Workload | None:
-  """The model of a config, or None with a message."""
-  variants.check_name('model', config.model, tuple(models.WORKLOADS))
-  for name in metrics_of(config):
-    variants.check_name('metric', name, search.METRICS)
-  sizes = {'batch_size': config.batch_size} if config.batch_size else {}
-  work = steps.load(config, config.model, **sizes)
-  if work is None or not config.get('distilled', 0):
+def shapes(config: Any) -> models.Workload | None:
+  """The model of a config, parameters shapes, or None with a message.
+
+  Nothing is trained or distilled: to look at before any work.
+  """
+  return steps.load(config, config.model, shapes_only=True, **_sizes(config))
+
+
+def workload(config: Any) -> models.Workload:
+  """The model of a config.
+
+  Raises:
+    ConfigError: its files are not here.
+  """
+  work = steps.load(config, config.model, **_sizes(config))
+  if work is None:
+    raise variants.ConfigError(f'the files of {config.model!r} are not here')
+  if not config.get('distilled', 0):
     return work
-  if config.calibration:
-    raise variants.ConfigError(
-      f'distilled={config.distilled} and calibration={config.calibration}: '
-      'without data there is no calibration set to draw'
-    )
   return _distilled(work, config.distilled, config.seed)
 
 
-def metrics_of(config: Any) -> tuple[str, ...]:
-  return tuple(config.metrics)
+def _sizes(config: Any) -> dict[str, int]:
+  return {'batch_size': config.batch_size} if config.batch_size else {}
 
 
 def from_config(config: Any) -> search.Table:

@@ -10,58 +10,40 @@ trials in order, and report.html.
 """
 
 import functools
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 
 import quantlab as ql
-from experiments import command_line, sensitivity, spaces, variants
-from quantlab import models, quality, report, search
+from experiments import (
+  command_line,
+  fields,
+  search_configs,
+  sensitivity,
+  settings,
+  spaces,
+)
+from quantlab import models, quality, report, runtime, search
 from quantlab.report import plots, search_plots
 from quantlab.runtime import files
 from quantlab.search import study
 
-KEYS = ('calibration', 'weight', 'input', 'float')
-
-
-def space(config: Any) -> search.Table:
-  """One row a setting; what an option costs is not known before."""
-  rows = tuple(
-    search.Row(name, tuple(options))
-    for name, options in config.settings.items()
-  )
-  zeros = tuple(np.zeros(len(r.options)) for r in rows)
-  return search.Table(rows, zeros, zeros, {}, 'setting', '')
-
-
-def setting(config: Any, table: search.Table, choice: Sequence[int]) -> Any:
-  """What the chosen options say together; a later one overrides."""
-  found: dict[str, Any] = {}
-  settings = config.settings.to_dict()
-  for name, label in table.labels(choice).items():
-    for key, value in settings[name][label].items():
-      if isinstance(value, Mapping):
-        value = {**found.get(key, {}), **value}
-      found[key] = value
-  for key in found:
-    variants.check_name('setting', key, KEYS)
-  return found
-
 
 def measure(config: Any, table: search.Table, choice: Sequence[int]) -> float:
   """Loss of accuracy by the chosen settings."""
-  chosen = setting(config, table, choice)
-  work = _work(config.model, chosen['calibration'], config.seed)
-  rules = dict.fromkeys(chosen.get('float', ()))  # before what matches too
-  rules['/kernel$'] = {k: chosen[k] for k in ('weight', 'input')}
+  chosen = settings.chosen(config, table.labels(choice))
+  work = _work(
+    *(config.model, chosen['calibration'], config.seed),
+    *(config.evaluation, config.batch_size),
+  )
   model = ql.ptq(
     work.apply,
     work.params,
-    ql.recipe({k: variants.rule(v) for k, v in rules.items()}),
+    settings.recipe(chosen),
     work.calibration,
     key=jax.random.key(config.seed),
   )
@@ -77,21 +59,30 @@ def measure(config: Any, table: search.Table, choice: Sequence[int]) -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def _work(model: str, calibration: int, seed: int) -> models.Workload:
-  return models.workload(model, calibration=calibration, seed=seed)
+def _work(
+  model: str, calibration: int, seed: int, evaluation: int, batch_size: int
+) -> models.Workload:
+  return models.workload(
+    model,
+    calibration=calibration,
+    evaluation=evaluation or None,
+    batch_size=batch_size or None,
+    seed=seed,
+  )
 
 
 def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
   """One worker's part; returns the best settings and their accuracy's loss."""
-  work = spaces.workload(config)
-  if work is None:
+  fields.check_launcher(config, 'tune')
+  if not isinstance(trials, int) or trials < 1:
+    fields.refuse('trials', trials, 'a whole number of them, at least 1')
+  search_configs.check_settings(config)
+  shapes = spaces.shapes(config)
+  if shapes is None:
     return {}
-  if work.metric.name != 'classification':
-    raise ValueError(
-      f'settings are tuned by accuracy, and {config.model!r} is judged by '
-      f'{work.metric.name}'
-    )
-  table = space(config)
+  search_configs.settings_fit(config, shapes)
+  _sign(workdir, config)
+  table = settings.space(config)
   made = study.Study(
     table,
     storage,
@@ -106,7 +97,13 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
     {**table.labels(c), 'accuracy_loss': v[0] if v else float('nan')}
     for c, v in history
   ]
-  best = min(rows, key=lambda r: np.nan_to_num(r['accuracy_loss'], nan=np.inf))
+  measured = [r for r in rows if np.isfinite(r['accuracy_loss'])]
+  if not measured:
+    raise ValueError(
+      f'none of {len(rows)} trials measured as a number: see the reasons in '
+      f'{storage!r}, or begin another study'
+    )
+  best = min(measured, key=lambda r: r['accuracy_loss'])
   files.write_json(f'{workdir}/best.json', best)
   files.write_json(f'{workdir}/trials.json', rows)
   figure = plots.figure(7, 3.5)
@@ -125,16 +122,23 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
   return best
 
 
+def _sign(workdir: str, config: Any) -> None:
+  """The folder, which workers of one config share, or a refusal."""
+  folder = epath.Path(workdir)
+  runtime.make_writable(folder)
+  if not runtime.check_owner(folder, config.to_dict()):
+    files.write_json(folder / 'config.json', config.to_dict())
+
+
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
   """The command: flags in, the best settings or a message out."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   if not (values.config and values.workdir and values.storage):
     raise app.UsageError('--config, --workdir and --storage are needed')
-  try:
-    run(values.config, values.workdir, values.storage, values.trials)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
+  command_line.guarded(
+    run, values.config, values.workdir, values.storage, values.trials
+  )
 
 
 if __name__ == '__main__':

@@ -24,7 +24,6 @@ def get_config(bits: str = '8'):
   config.evaluation = 0  # 0: all
   config.batch_size = 0  # 0: the workload's own
   config.model = 'resnet8'
-  config.metrics = ()
   config.batches = 4  # labelled, that settings are measured on
   config.sampler = 'predicted'
   config.first = 8  # trials of a Sobol design, before predictions

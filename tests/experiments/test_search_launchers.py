@@ -24,6 +24,7 @@ from experiments import (
   refine,
   search,
   sensitivity,
+  settings,
   spaces,
   tune,
   variants,
@@ -202,9 +203,6 @@ def test_tables_without_data_are_of_distilled_batches(monkeypatch):
     return np.abs((x @ params['w']).mean(0) - params['mean']).mean()
 
   assert off(found) < off(rng.normal(size=(64, 4))) / 2
-  config.calibration = 8
-  with pytest.raises(variants.ConfigError, match='no calibration set to draw'):
-    spaces.workload(config)
 
 
 def test_what_has_no_table_is_said(folders, capsys):
@@ -236,7 +234,7 @@ def test_tables_of_another_model_or_config_are_not_used(folders, tmp_path):
     tables['kl']['model'] = 'abc'
 
   def other_config(c, tables):
-    c.judged = 1
+    c.judged = 3
 
   def no_values(c, tables):
     del tables['kl']['values']
@@ -260,6 +258,7 @@ def test_refinement_measures_the_front(folders):
 def test_the_truth_and_what_is_near_it(tmp_path):
   config = small()
   config.metrics = ('kl', 'weight_error')
+  config.groups = ()
   config.interactions = ('kl',)
   metrics = sensitivity.run(config, tmp_path / 'run')
   assert -1 <= metrics['spearman/kl/all'] <= 1
@@ -305,7 +304,7 @@ def test_spaces_of_the_configs_resolve(module):
 
 def test_settings_are_tuned_within_their_space(tmp_path):
   config = quantune.get_config()
-  table = tune.space(config)
+  table = settings.space(config)
   assert np.prod([len(r.options) for r in table.rows]) == 96
   config.model, config.batches, config.first = 'digits_cnn', 1, 2
   with config.unlocked():
@@ -324,12 +323,12 @@ def test_settings_are_tuned_within_their_space(tmp_path):
   trials = json.loads((tmp_path / 'run' / 'trials.json').read_text())
   assert len(trials) == 3
   assert best['accuracy_loss'] == min(t['accuracy_loss'] for t in trials)
-  table = tune.space(config)
+  table = settings.space(config)
   labels = {'images': '50', 'bits': '8', 'ends': 'float'}
-  choice = [r.options.index(labels[r.name]) for r in table.rows]
-  chosen = tune.setting(config, table, choice)
+  assert set(labels) == {r.name for r in table.rows}
+  chosen = settings.chosen(config, labels)
   assert chosen['weight'] == {'format': 'int8'}
   assert chosen['float'] == ('head',)
   config.settings.images['50'] = {'calibrate': 50}
   with pytest.raises(variants.ConfigError, match="unknown setting 'calibrate'"):
-    tune.setting(config, table, choice)
+    settings.chosen(config, labels)

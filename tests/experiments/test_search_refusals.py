@@ -1,0 +1,305 @@
+"""What the search launchers refuse, in process and before any work."""
+
+import json
+import pathlib
+
+import pytest
+from absl import flags
+
+from configs.ptq import digits as ptq_digits
+from configs.qat import digits as qat_digits
+from configs.search import common, digits, hawq_v3, quantune
+from experiments import (
+  fields,
+  refine,
+  search,
+  search_configs,
+  sensitivity,
+  tune,
+  variants,
+)
+from quantlab import models
+
+NAN = float('nan')
+RULE = {'weight': {'format': 'int4'}}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch):
+  """But shapes: neither training nor files."""
+  real = models.workload
+
+  def shapes(name, **options):
+    assert options.get('shapes_only'), 'a model was loaded'
+    return real(name, **options)
+
+  monkeypatch.setattr(models, 'workload', shapes)
+
+
+def with_fields(config, changes):
+  with config.unlocked(), config.ignore_type():
+    for name, value in changes.items():
+      config[name] = value
+  return config
+
+
+def refused(run, config, match, tmp_path):
+  with pytest.raises(variants.ConfigError, match=match):
+    run(config, tmp_path / 'never')
+  assert not (tmp_path / 'never').exists()
+
+
+# The fields of a search, one by one -------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('name', 'values', 'match'),
+  [
+    ('batches', (0, -1, 1.5, '2', None, True, NAN), 'whole number, at least 1'),
+    ('seed', (-1, None, 0.5, 2**31), 'whole number, at least 0'),
+    ('seeds', (0, '5'), 'calibration sets: a whole number'),
+    ('evaluation', (-5, NAN), '0 for all'),
+    ('calibration', (-5,), "0 for the workload's own choice"),
+    ('judged', (-1,), 'whole number, at least 0'),
+    ('curved', (-1, 2.0), 'whole number, at least 0'),
+    ('probes', (0, NAN), 'whole number, at least 1'),
+    ('random_plans', (-1, 1, 2.5), '0, or 3 and more'),
+    ('alternate', (1, 'no'), 'True or False'),
+    ('distilled', (-64,), '0 for none'),
+    ('model', ('', 3, None), 'the name of a workload'),
+    ('model', ('digits_cmm',), "Did you mean 'digits_cnn'"),
+    ('metrics', ((), 'kl', None, (3,), ('kl', 'kl')), 'one or more metrics'),
+    ('metrics', (('kll',),), "unknown metric in metrics= 'kll'"),
+    ('interactions', (('fisher',), ('klm',)), 'unknown metric in interactions'),
+    ('interactions', ('kl', 3), 'any number of metrics, each once'),
+    ('around', (('sqnr',), ('hessian',)), 'unknown metric in around'),
+    ('budgets', ((), 'int4', (4,), ('int4', 'int4')), 'one or more options'),
+    ('encoders', ((), ('rtn', 'rtn'), 'rtn'), 'one or more encoders'),
+    ('show', ((), 'accuracy', (NAN,)), 'one or more measured numbers'),
+    ('kinds', ((), 5, ('all', 0), (('all',),), (('all', 0.5),)), 'pairs of a'),
+    ('kinds', ((('all', 0), ('all', 1)), (('all', -1),)), 'name, each once'),
+    (
+      'choices',
+      (
+        *((), '/kernel$', None, ('/kernel$', (RULE, RULE)), (RULE,)),
+        *((('/kernel$', ()),), (('/kernel$', 5),), (('/kernel$', ('int4',)),)),
+        *((('/kernel$', RULE, RULE),), (('/k', RULE), ('/k', None))),
+      ),
+      r"a pattern, each once, and a rule .*such as \(\('/kernel\$', \(\{",
+    ),
+    (
+      'choices',
+      ((('/k', ({'weight': {'format': 'int9'}},)),),),
+      'unknown form',
+    ),
+    ('choices', ((('/k', {'wait': {'format': 'int8'}}),),), 'argument of rule'),
+    ('groups', ('kl', ('conv', 'kl'), (('conv',),), ((1, 'kl'),)), 'no groups'),
+    ('allocations', (('kl', 'dp'), (('kl',),), 3), 'a table and a method'),
+    ('ties', ('conv', ('conv', 'head'), ((),)), 'groups of sites'),
+    ('cost', (None, ''), "one of .'bytes'"),
+    ('latency', (5, None), 'bench/latency.py wrote'),
+    (
+      'bugdets',
+      (('int4',),),
+      "unknown field 'bugdets'.*Did you mean 'budgets'",
+    ),
+  ],
+)
+def test_a_field_is_what_is_expected(name, values, match):
+  for value in values:
+    config = with_fields(digits.get_config(), {name: value})
+    with pytest.raises(variants.ConfigError, match=match):
+      search_configs.check(config)
+
+
+def test_fields_are_checked_together():
+  def told(match, **changes):
+    config = with_fields(digits.get_config(), changes)
+    with pytest.raises(variants.ConfigError, match=match):
+      search_configs.check(config)
+
+  told(
+    r"interactions=\('loss',\): expected \(\), or some of",
+    metrics=('kl',),
+    interactions=('loss',),
+  )
+  told('around=', metrics=('weight_error',), interactions=())
+  told('no calibration set to draw', distilled=64, calibration=8)
+  config = digits.get_config()
+  del config.budgets
+  with pytest.raises(variants.ConfigError, match="no field 'budgets'"):
+    search_configs.check(config)
+
+
+@pytest.mark.parametrize('run', [sensitivity.run, search.run])
+def test_what_the_model_cannot_do_is_refused_from_shapes(run, tmp_path):
+  def told(match, **changes):
+    changes = {'evaluation': 250, 'batches': 1, **changes}
+    config = with_fields(digits.get_config(), changes)
+    refused(run, config, match, tmp_path)
+
+  told(
+    "expected some that 'digits_cnn' has",
+    metrics=('similarity',),
+    interactions=(),
+    around=(),
+  )
+  told('none is left to judge on', batches=1000)
+  told('none is left to judge on', judged=1)
+  told('measure on fewer', batches=2, alternate=True)
+  told("number in show= 'acuracy'.*Did you mean 'accuracy'", show=('acuracy',))
+  told('rows have at most 5; expected 0 to 3', kinds=(('x', 9),))
+  told('rows have at most 5', kinds=(('only eight bits', 4),))
+  told('nothing to choose', choices=(('/kernel$', RULE),))
+
+
+# Launchers --------------------------------------------------------------------
+
+RUNS = {
+  'sensitivity': sensitivity.run,
+  'search': search.run,
+  'refine': lambda c, w: refine.run(c, w, w / 'journal', 1),
+  'tune': lambda c, w: tune.run(c, w, w / 'journal', 1),
+}
+
+
+def test_every_launcher_says_which_one_takes_a_config(tmp_path):
+  configs = {
+    'sensitivity or experiments.search or experiments.refine': (
+      digits.get_config(),
+      ('sensitivity', 'search', 'refine'),
+    ),
+    'tune': (quantune.get_config(), ('tune',)),
+    'search': (hawq_v3.get_config(), ('search',)),
+    'ptq': (ptq_digits.get_config(), ()),
+    'qat': (qat_digits.get_config(), ()),
+  }
+  for takers, (config, mine) in configs.items():
+    for name in set(RUNS) - set(mine):
+      match = f'run experiments.{takers} on it. experiments.{name} takes'
+      refused(RUNS[name], config, match, tmp_path)
+  empty = type(digits.get_config())()
+  refused(search.run, empty, 'no config of any launcher', tmp_path)
+
+
+@pytest.mark.parametrize('trials', [0, -3, 2.5, None])
+def test_trials_are_counted_before_work(trials, tmp_path):
+  for config, run in (
+    (digits.get_config(), refine.run),
+    (quantune.get_config(), tune.run),
+  ):
+    with pytest.raises(variants.ConfigError, match=r'trials=.*at least 1'):
+      run(config, tmp_path / 'never', tmp_path / 'journal', trials)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_numbers_is_checked(tmp_path):
+  def told(match, **changes):
+    config = with_fields(hawq_v3.get_config(), changes)
+    refused(search.run, config, match, tmp_path)
+
+  good = hawq_v3.get_config()
+  told('pairs of a row and its options', rows=('x0', 'x1'))
+  told('finite numbers', sensitivity=((NAN, 0.0), *good.sensitivity[1:]))
+  told('have the shapes', sensitivity=good.sensitivity[1:])
+  told('a dict of costs', costs={'size': (1.0, 2.0)})
+  told('limits, finite numbers', budgets={'size': NAN})
+  told('limits, finite numbers', budgets={})
+  told("cost in budgets= 'bytes'", budgets={'bytes': 10.0})
+  told('one or more methods', methods=())
+  told("unknown method 'ilp'", methods=('ilp',))
+  told('groups of sites', ties=('x4', 'x6'))
+  told("unknown field 'tie'", tie=())
+
+
+def tuned(**changes):
+  return with_fields(quantune.get_config(), {'model': 'digits_cnn', **changes})
+
+
+BOTH = {
+  'weight': {'format': 'int8'},
+  'input': {'format': 'int8', 'per': 'tensor'},
+}
+ONCE = {'n': {'50': BOTH | {'calibration': 50}}}
+
+
+@pytest.mark.parametrize(
+  ('settings', 'match'),
+  [
+    *((value, 'a dict of settings, each a dict') for value in ((), 'x', {})),
+    ({'bits': {}}, 'a dict of settings, each a dict'),
+    ({'bits': {'4': 4}}, 'a dict of settings, each a dict'),
+    ({'all': {'8': {'wait': 3}}}, "unknown setting 'wait'"),
+    ({'all': {'8': BOTH}}, "say nothing of 'calibration'"),
+    ({'n': {'50': {'calibration': 50}}}, "say nothing of 'weight'"),
+    ({'n': {'0': {'calibration': 0}}, 'q': {'8': BOTH}}, 'examples to cali'),
+    ({'n': {'a': BOTH | {'calibration': NAN}}}, 'examples to calibrate on'),
+    ({'n': {'a': {'weight': 8}}}, 'weight=8: expected a dict of a quantizer'),
+    ({'n': {'a': {'float': '/head/'}}}, 'patterns of sites'),
+    (
+      {**ONCE, 'z': {'a': {}, 'b': {'weight': {'formt': 4}}}},
+      "argument of int8 'formt'",
+    ),
+  ],
+)
+def test_settings_are_checked_option_by_option(settings, match, tmp_path):
+  refused(RUNS['tune'], tuned(settings=settings), match, tmp_path)
+
+
+def test_what_is_tuned_is_checked_from_shapes(tmp_path):
+  run = RUNS['tune']
+  refused(run, tuned(sampler='tpe'), "unknown sampler 'tpe'", tmp_path)
+  refused(run, tuned(first=-1), 'trials of a design', tmp_path)
+  refused(run, tuned(batches=1000), 'batches of .*measure on fewer', tmp_path)
+  ends = {'ends': {'all': {}, 'inner': {'float': ('/heat/',)}}}
+  refused(run, tuned(settings=ONCE | ends), "'inner'.*heat", tmp_path)
+
+
+# Folders ----------------------------------------------------------------------
+
+
+def test_folders_that_cannot_be_used_are_refused_before_work(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  small = {'evaluation': 250, 'batches': 1}
+  config = with_fields(digits.get_config(), small)
+  for run in (sensitivity.run, search.run, RUNS['tune']):
+    mine = tuned(settings=ONCE) if run is RUNS['tune'] else config
+    with pytest.raises(ValueError, match='cannot write to the folder'):
+      run(mine, file / 'run')
+    with pytest.raises(ValueError, match='it is not a workdir'):
+      run(mine, tmp_path)
+  for folder in (file / 'run', tmp_path / 'none'):
+    with pytest.raises(variants.ConfigError, match=r'has no tables\.json'):
+      RUNS['refine'](config, folder)
+  found = tmp_path / 'found'
+  found.mkdir()
+  for content in ('[1]', '"kl"', 'null'):
+    (found / 'tables.json').write_text(content)
+    with pytest.raises(variants.ConfigError, match='holds no tables by metric'):
+      RUNS['refine'](config, found)
+  (found / 'tables.json').write_text('{"kl": {}}')
+  (found / 'config.json').write_text(json.dumps(config.to_dict()))
+  with pytest.raises(variants.ConfigError, match="unknown metric 'lrp'"):
+    refine.run(config, found, found / 'journal', 1, metric='lrp')
+
+
+def test_the_commands_end_with_one_line(monkeypatch, tmp_path):
+  path = pathlib.Path(common.__file__).parent / 'digits.py'
+  for words, match in (
+    (['--config.batches=0'], '^error: batches=0: expected labelled batches'),
+    (['--config.metrics=()'], r'^error: metrics=\(\): expected a tuple of one'),
+  ):
+    argv = ['x', f'--config={path}', f'--workdir={tmp_path}/never', *words]
+    for launcher in (sensitivity, search):
+      values = flags.FlagValues()
+      sensitivity.define_flags(values)
+      monkeypatch.setattr('sys.argv', argv)
+      with pytest.raises(SystemExit, match=match) as end:
+        launcher.main(values(argv), values)
+      assert '\n' not in str(end.value)
+
+
+def test_every_kind_is_found_by_its_own_field():
+  for config, name in ((digits, 'choices'), (hawq_v3, 'rows')):
+    assert fields.check_launcher(config.get_config(), 'search') == name
