@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from quantlab import rewrites
+from quantlab.core import rng
 from quantlab.graph import known, tracing
 
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
@@ -150,7 +151,9 @@ def distill(
 
   Raises:
     ValueError: there is no BatchNorm.
+    TypeError: `key` is no random key.
   """
+  rng.check_key(key)
   shape, dtype = like.shape, like.dtype
   start = jax.random.normal(key, shape, dtype)
   targets = batch_norms(apply, params, start)
