@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -17,11 +17,15 @@ def parse(argv: list[str]) -> list[str]:
     What is left of it.
   """
   try:
-    rest = app.parse_flags_with_usage(argv)
+    rest = flags.FLAGS(argv)
     # A file that cannot be read is told of when the config is first asked.
     _ = flags.FLAGS.config and flags.FLAGS.config.to_dict
   except (AttributeError, OSError) as error:  # an unknown field, no such file
     sys.exit(f'error: --config: {error}'.replace(r'\n', ' '))
+  except flags.Error as error:  # of a config's own code with its traceback
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = ' '.join(dict.fromkeys((lines[0], lines[-1])))
+    sys.exit(f'error: {told}. --helpshort tells of the flags')
   return rest
 
 

@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import quantlab as ql
-from experiments import command_line, replay, steps, variants
+from experiments import command_line, fields, replay, steps, variants
 from quantlab import models, quality, report, runtime
 from quantlab.runtime import files
 
@@ -52,6 +52,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def _check(config: Any) -> list[variants.Variant]:
   """The variants of a config; its every name is checked before any work."""
+  fields.check_launcher(config, 'ptq')
   for name in config.models:
     variants.check_name('model', name, tuple(models.WORKLOADS))
   for name in ('calibration', 'evaluation'):

@@ -27,7 +27,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich import markup
 
-from experiments import command_line, judging, tasks, training, variants
+from experiments import (
+  command_line,
+  fields,
+  judging,
+  tasks,
+  training,
+  variants,
+)
 from quantlab import data, report, runtime
 from quantlab.runtime import saves as saves_lib
 from quantlab.runtime import training as loop
@@ -55,6 +62,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def check(config: Any) -> list[training.Variant]:
   """The variants of a config, the float one first; all is checked."""
+  fields.check_launcher(config, 'qat')
   variants.check_name('task', config.task, tuple(tasks.TASKS))
   if not config.seeds or len(set(config.seeds)) < len(config.seeds):
     raise variants.ConfigError(

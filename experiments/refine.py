@@ -57,6 +57,14 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
   tables = spaces.read_tables(f'{workdir}/tables.json', kept, work)
   table = search.additive(tables[metric])
   objective = objectives.default(work.metric)
+  made = study.Study(
+    table,
+    storage,
+    (objective, 'bytes'),
+    sampler=sampler,
+    known={'bytes': table.cost},
+    seed=config.seed,
+  )
   program = spaces.program(config, work)
   measure = search.Measure(
     program, spaces.judged_on(config, work), work.metric, [objective]
@@ -66,14 +74,6 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
     [(value, _)] = measure([program.choice(choice)])[objective]
     return value, table.cost(choice)
 
-  made = study.Study(
-    table,
-    storage,
-    (objective, 'bytes'),
-    sampler=sampler,
-    known={'bytes': table.cost},
-    seed=config.seed,
-  )
   front = search.pareto(table.floored())
   at = np.linspace(0, len(front) - 1, min(len(front), 6)).astype(int)
   made.run(both, trials, [front.choice(i) for i in dict.fromkeys(at)])

@@ -1,7 +1,9 @@
 """What the search launchers refuse, in process and before any work."""
 
+import importlib
 import json
 import pathlib
+import re
 
 import pytest
 from absl import flags
@@ -11,6 +13,8 @@ from configs.qat import digits as qat_digits
 from configs.search import common, digits, hawq_v3, quantune
 from experiments import (
   fields,
+  ptq,
+  qat,
   refine,
   search,
   search_configs,
@@ -156,6 +160,8 @@ def test_what_the_model_cannot_do_is_refused_from_shapes(run, tmp_path):
 # Launchers --------------------------------------------------------------------
 
 RUNS = {
+  'ptq': ptq.run,
+  'qat': qat.run,
   'sensitivity': sensitivity.run,
   'search': search.run,
   'refine': lambda c, w: refine.run(c, w, w / 'journal', 1),
@@ -171,8 +177,8 @@ def test_every_launcher_says_which_one_takes_a_config(tmp_path):
     ),
     'tune': (quantune.get_config(), ('tune',)),
     'search': (hawq_v3.get_config(), ('search',)),
-    'ptq': (ptq_digits.get_config(), ()),
-    'qat': (qat_digits.get_config(), ()),
+    'ptq': (ptq_digits.get_config(), ('ptq',)),
+    'qat': (qat_digits.get_config(), ('qat',)),
   }
   for takers, (config, mine) in configs.items():
     for name in set(RUNS) - set(mine):
@@ -300,6 +306,27 @@ def test_the_commands_end_with_one_line(monkeypatch, tmp_path):
       assert '\n' not in str(end.value)
 
 
-def test_every_kind_is_found_by_its_own_field():
-  for config, name in ((digits, 'choices'), (hawq_v3, 'rows')):
-    assert fields.check_launcher(config.get_config(), 'search') == name
+def test_every_config_is_taken_by_the_launchers_that_it_names():
+  root = pathlib.Path(common.__file__).parents[1]
+  seen = set()
+  for path in sorted(root.glob('*/*.py')):
+    name = '.'.join(('configs', *path.relative_to(root).with_suffix('').parts))
+    module = importlib.import_module(name)
+    if not hasattr(module, 'get_config'):  # what several have in common
+      continue
+    takers = set(re.findall(r'python -m experiments\.(\w+)', module.__doc__))
+    # The benchmark of latencies says which command its result is for.
+    takers = {'bench'} if path.parent.name == 'bench' else takers
+    assert takers, name
+    for launcher in takers:
+      fields.check_launcher(module.get_config(), launcher)
+    seen |= takers
+  assert seen >= {
+    'bench',
+    'generate',
+    'ptq',
+    'qat',
+    'search',
+    'testbed',
+    'tune',
+  }
