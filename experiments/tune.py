@@ -5,8 +5,8 @@ r"""Tunes the settings of one quantization: a worker; start as many as you like.
 
 The config names settings (how many examples to calibrate on, scheme, clipping,
 granularity, which sites stay in float); boosted trees on what was measured
-propose the next (Quantune, arXiv 2202.05048). The workdir gets best.json, all
-trials in order, and report.html.
+propose the next (Quantune, arXiv 2202.05048). The workdir, which workers of one
+config share, gets config.json, best.json, all trials in order, and report.html.
 """
 
 import functools
