@@ -22,6 +22,7 @@ from experiments import (
   command_line,
   decoupled,
   fields,
+  measured,
   search_configs,
   sensitivity,
   spaces,
@@ -71,6 +72,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     tables |= allocated.tables(folder, config, work)
     found = allocations(config, tables)
     found |= decoupled.allocations(folder, config, work, tables)
+    found |= measured.allocations(folder, config, work, found)
     for name, made in found.items():
       if name not in folder.read_json('plan.json', {}):
         plan = ql.plan(work.apply, work.params, made, *work.example)

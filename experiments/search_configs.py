@@ -15,6 +15,7 @@ from experiments import (
   allocated,
   decoupled,
   fields,
+  measured,
   settings,
   spaces,
   variants,
@@ -95,6 +96,7 @@ SEARCH = _MODEL | {
     fields.is_text,
     empty=True,
   ),
+  'measured': fields.names("tables, such as ('kl', 'kl.gptq')", empty=True),
   'draws': fields.count("allocations of 'random'", 1),
   'groups': fields.pairs(
     'no groups, (), or two pairs of a pattern of rows and a metric, such as '
@@ -185,6 +187,7 @@ def check(config: Any) -> None:
     for each in encoder:
       allocated.encoder(each)
     variants.check_name('method', method, search.METHODS)
+  measured.check(config)
   for each in config.encoders:
     allocated.encoder(each)
   if config.distilled and config.calibration:

@@ -85,6 +85,9 @@ def base(model: str) -> ml_collections.ConfigDict:
     ('output_mse', 'greedy'),
     ('output_mse', 'random'),
   )
+  # Of the allocations by each metric, and the uniform one, what measures best
+  # on the batches of the tables: rounded, or with an encoder.
+  config.measured = ('kl', 'kl.gptq', 'similarity', 'similarity.gptq')
   config.draws = 3  # of 'random'
   # Two pairs of (pattern, metric): groups of sites that share each budget.
   config.groups = ()

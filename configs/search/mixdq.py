@@ -21,5 +21,6 @@ def get_config():
   config.around = ()
   config.groups = GROUPS
   config.allocations = (('kl', 'dp'), ('output_mse', 'dp'))
+  config.measured = ()
   config.encoders = ('rtn',)
   return config

@@ -25,5 +25,6 @@ def get_config():
     ('kl.gptq', 'quadratic'),
     ('kl', 'random'),
   )
+  config.measured = ('kl', 'kl.gptq')
   config.seeds = 1
   return config

@@ -31,7 +31,7 @@ from experiments import (
 )
 from quantlab import data, models, runtime
 from quantlab.models import digits as networks
-from quantlab.search import Table
+from quantlab.search import Measure, Table
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -68,6 +68,7 @@ def small():
     ('hessian', 'quadratic'),
     ('lrp', 'dp'),
   )
+  config.measured = ('kl',)
   config.encoders = ('rtn',)
   config.groups = (('conv_0', 'kl'), ('conv_[12]', 'hessian'))
   return config
@@ -92,7 +93,10 @@ def test_plans_are_what_was_measured(folders):
   assert set(plans) == {
     f'{b}/{m}'
     for b in ('int2', 'int8')
-    for m in ('uniform', 'kl-dp', 'kl@-dp', 'hessian-quadratic', 'decoupled')
+    for m in (
+      *('uniform', 'kl-dp', 'kl@-dp', 'hessian-quadratic', 'decoupled'),
+      'kl-measured',
+    )
   }
   plan = ql.Plan.from_json(plans['int8/kl-dp'])
   model = ql.ptq(work.apply, work.params, plan, work.calibration)
@@ -105,6 +109,29 @@ def test_plans_are_what_was_measured(folders):
   page = (folder / 'search' / 'report.html').read_text()
   assert page.count('<img') == len(config.metrics) - 1 + 1
   assert 'int8/hessian-quadratic' in page
+
+
+def test_a_measurement_picks_among_the_allocations_of_a_metric(folders):
+  folder, config, found, tables = folders
+  work = spaces.workload(config)
+  read = {k: Table.from_json(v) for k, v in json.loads(tables).items()}
+  more = (folder / 'search' / 'tables_rtn.json').read_text()
+  for mark, group in json.loads(more).items():
+    read |= {k + mark: Table.from_json(v) for k, v in group.items()}
+  made = search.allocations(config, read)
+  picked = json.loads((folder / 'search' / 'measured.json').read_text())
+  program = spaces.program(config, work)
+  measure = Measure(
+    program, spaces.measured_on(config, work), work.metric, ['kl']
+  )
+  for option in ('int2', 'int8'):
+    names = [f'{option}/{n}' for n in ('uniform', 'kl-dp', 'kl@-dp')]
+    values = measure([program.choice(made[n].choice) for n in names])['kl']
+    best = min(range(3), key=lambda i: values[i][0])
+    chosen = names.index(picked[f'{option}/kl-measured'])
+    assert values[chosen] == values[best]
+    judged = found['search'][f'q/{option}/kl-measured/rtn/0/kl_mean']
+    assert judged == found['search'][f'q/{names[chosen]}/rtn/0/kl_mean']
 
 
 def test_the_same_command_resumes(folders):

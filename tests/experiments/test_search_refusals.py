@@ -99,6 +99,7 @@ def refused(run, config, match, tmp_path):
     ('choices', ((('/k', {'wait': {'format': 'int8'}}),),), 'argument of rule'),
     ('groups', ('kl', ('conv', 'kl'), (('conv',),), ((1, 'kl'),)), 'no groups'),
     ('allocations', (('kl', 'dp'), (('kl',),), 3), 'a table and a method'),
+    ('measured', ('kl', ('fisher.gptq',), (3,)), 'tables'),
     ('ties', ('conv', ('conv', 'head'), ((),)), 'groups of sites'),
     ('cost', (None, ''), "one of .'bytes'"),
     ('latency', (5, None), 'bench/latency.py wrote'),
