@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from quantlab import handlers, layering, rewrites
 from quantlab.calibration import batches as batches_lib
 from quantlab.calibration import ranges
+from quantlab.core import rng
 from quantlab.core.tree import named_leaves
 from quantlab.graph import tracing
 from quantlab.plan import Plan
@@ -118,7 +119,8 @@ class Encoded(Program):
   Raises:
     ValueError: a folded weight lies in a loop; see `on_floats`.
     TypeError: no encoder (a chain, or a member that changes other weights
-      too, would leave a weight that depends on the formats of others).
+      too, would leave a weight that depends on the formats of others), or no
+      random key.
   """
 
   def __init__(
@@ -129,6 +131,7 @@ class Encoded(Program):
     key: jax.Array | None = None,
   ):
     check(encoder)
+    rng.check_key(key)
     self.__dict__.update(program.__dict__)
     apply, params, plan = self.apply, self.params, self.space.plan
     made = on_floats(encoder, apply, params, plan, batches)
