@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax import lax
 from oracle import snap
 
@@ -11,10 +12,6 @@ import quantlab as ql
 
 W8 = ql.int8()
 STATIC = ql.rule(weight=W8, input=ql.int8(per='tensor', static=True))
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 X = normal(9, 4, 8)

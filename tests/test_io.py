@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax.core import FrozenDict, freeze
 from jax.sharding import NamedSharding, PartitionSpec
 from oracle import snap
@@ -33,10 +34,6 @@ from quantlab.runtime import mesh as mesh_lib
 
 DATA = pathlib.Path(__file__).parent / 'data'
 CheckpointError = io.CheckpointError
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 def bits(tree):

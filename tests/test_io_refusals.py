@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 
 import quantlab as ql
 from quantlab import io
@@ -21,10 +22,6 @@ from quantlab.graph.values import Dropped
 from quantlab.runtime import checkpoint, files
 
 CheckpointError = io.CheckpointError
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 def small(params, x):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax import lax
 from oracle import snap
 
@@ -16,10 +17,6 @@ from quantlab import summary
 W8, W4 = ql.int8(), ql.int4()
 A8 = ql.int8(per='token')
 STATIC = ql.int8(per='tensor', static=True, symmetric=False)
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 X = normal(9, 4, 8)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from etils import epath
 
 from quantlab.runtime import files
@@ -87,6 +86,8 @@ class Metrics:
 
   def _write_events(self, values: Mapping[str, Value], step: int) -> None:
     if self._events is None:
+      import tensorboardX  # it imports torch, where that is installed
+
       self._events = tensorboardX.SummaryWriter(
         os.fspath(self._folder / 'events'), write_to_disk=True
       )

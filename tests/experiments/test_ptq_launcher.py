@@ -377,9 +377,12 @@ def test_a_dry_run_plans_and_does_nothing(monkeypatch, tmp_path, capsys, calls):
 
 
 _TWO = """
+import functools
 import runpy
+from quantlab.models import digits
 
 def get_config():
+  digits.train_digits = functools.partial(digits.train_digits, epochs=2)
   config = runpy.run_path({path!r})['get_config']()
   config.evaluation, config.models = 100, ('digits_cnn',)
   config.variants = config.variants[:2]

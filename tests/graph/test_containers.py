@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,10 +18,6 @@ W8A8 = ql.rule(weight=ql.int8(), input=ql.int8(per='token'))
 STATIC = ql.rule(
   weight=ql.int8(), input=ql.int8(per='tensor', static=True, symmetric=False)
 )
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 W, V, X = normal(0, 8, 8), normal(1, 8, 8), normal(2, 4, 8)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax import lax
 from oracle import snap
 
@@ -12,10 +13,6 @@ import quantlab as ql
 from quantlab.graph.values import Dropped
 
 W8 = ql.int8()
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 X = normal(9, 4, 8)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from flax import nnx
 from jax import lax
 from oracle import snap
@@ -18,10 +19,6 @@ import quantlab as ql
 W8 = ql.int8()
 W8A8 = ql.rule(weight=ql.int8(), input=ql.int8(per='token'))
 EXACT = 2e-6
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 def quantized(apply, params, *args, rules=None):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import snap
@@ -12,10 +13,6 @@ from oracle import snap
 import quantlab as ql
 
 W8A8 = ql.rule(weight=ql.int8(), input=ql.int8(per='token'))
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 def layer(p, x):

@@ -4,14 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from oracle import snap
 
 import quantlab as ql
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
-
 
 X = normal(9, 4, 8)
 A8 = ql.int8(per='token')

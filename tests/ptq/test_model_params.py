@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,10 +13,6 @@ import quantlab as ql
 RULE = ql.rule(
   weight=ql.int4(group=4), input=ql.int8(per='tensor', static=True)
 )
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 X = normal(9, 4, 8)

@@ -4,9 +4,9 @@ One program holds a dense and a convolution weight for every quantizer, so that
 it is compiled once.
 """
 
-import jax
 import numpy as np
 import pytest
+from draws import normal
 from jax import lax
 from oracle import snap
 
@@ -56,10 +56,6 @@ QUANTIZERS = {
 }
 # Relative errors of a normal weight, far enough to tell a broken format.
 LIMITS = {1: 0.7, 2: 0.8, 3: 0.4, 4: 0.3}
-
-
-def normal(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
 
 
 def apply(params, x):
