@@ -46,11 +46,18 @@ def tiny(*names, model_names=('digits_cnn',)):
   return config
 
 
+class Small(digits.Cnn):
+  """Two convolutions: a block less to compile in every walk."""
+
+  widths: tuple[int, ...] = (8, 16)
+
+
 @pytest.fixture(scope='module')
 def quick():
-  """Two epochs of training, and no folder of real models and data."""
+  """A small model, little training, no folder of real models and data."""
   with pytest.MonkeyPatch.context() as patch:
-    train = functools.partial(digits.train_digits, epochs=2)
+    patch.setattr(digits, 'Cnn', Small)
+    train = functools.partial(digits.train_digits, epochs=4)
     patch.setattr(digits, 'train_digits', functools.cache(train))
     patch.setenv('QUANTLAB_DATA', '')
     yield patch

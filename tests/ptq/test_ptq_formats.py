@@ -72,6 +72,15 @@ def apply(params, x):
   }
 
 
+@jax.jit
+def decoded(weights):
+  """All of them, in one program."""
+  return {
+    name: {k: q.dequantize() for k, q in each.items()}
+    for name, each in weights.items()
+  }
+
+
 @pytest.fixture(scope='module')
 def results():
   dense = normal(0, K, N)
@@ -82,20 +91,21 @@ def results():
   model = ql.ptq(apply, params, rules, [x])
   simulated = ql.fake_quantized(apply, model.plan)
   deployed = model.apply(model.params, x)
-  return model, deployed, simulated(params, x), (dense, x)
+  w_hats = decoded(model.params['weights'])
+  return model, deployed, simulated(params, x), w_hats, (dense, x)
 
 
 @pytest.mark.parametrize('name', QUANTIZERS)
 def test_format(results, name):
-  model, deployed, simulated, (w, x) = results
+  model, deployed, simulated, w_hats, (w, x) = results
   quantizer, bits, groups, scale_bytes, more = QUANTIZERS[name]
   dense, conv = (model.params['weights'][name][k] for k in ('dense', 'conv'))
   for q in (dense, conv):
     assert q.quantizer == quantizer
     assert q.nbytes == K * N * bits // 8 + groups * N * scale_bytes + more
     assert q.bits_per_weight == 8 * q.nbytes / w.size
-  w_hat = np.asarray(dense.dequantize())
-  np.testing.assert_array_equal(conv.dequantize().reshape(K, N), w_hat)
+  w_hat = np.asarray(w_hats[name]['dense'])
+  np.testing.assert_array_equal(w_hats[name]['conv'].reshape(K, N), w_hat)
   for got, sim in zip(deployed[name], simulated[name], strict=True):
     want = (x @ w_hat).reshape(got.shape)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
