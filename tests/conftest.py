@@ -39,3 +39,18 @@ def forget_programs():
   import jax  # after the environment is set
 
   jax.clear_caches()
+
+
+@pytest.fixture(scope='module')
+def compiled_quickly():
+  """LLVM at level 0, which halves the time of a compilation.
+
+  For modules that say nothing of the last bit or of time: launchers, margins
+  of methods, refusals. What has to be equal bit for bit is tested as compiled
+  for users.
+  """
+  import jax
+
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

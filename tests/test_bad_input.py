@@ -10,6 +10,8 @@ from oracle import snap
 
 import quantlab as ql
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 W8 = ql.int8()
 STATIC = ql.rule(weight=W8, input=ql.int8(per='tensor', static=True))
 

@@ -1,6 +1,7 @@
 """The benchmark launcher: what its JSON holds. Nothing is said of times."""
 
 import builtins
+import functools
 import importlib.util
 import json
 import math
@@ -16,8 +17,9 @@ import quantlab as ql
 from experiments import bench, variants
 from experiments.benchmarks import crossover, latency, timing, trace
 from quantlab import search
-from quantlab.models import transformer
+from quantlab.models import resnet_cifar, transformer
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -57,6 +59,8 @@ def without_peer(tmp_path_factory):
   folder = tmp_path_factory.mktemp('bench')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(builtins, '__import__', guarded)
+    small = functools.partial(resnet_cifar.init, blocks=1, widths=(4, 8, 16))
+    patch.setattr(resnet_cifar, 'init', small)
     result = bench.run(_tiny(), str(folder))
   return result, folder
 

@@ -9,6 +9,8 @@ from configs.testbeds import text
 from experiments import testbed
 from quantlab.core.tree import named_leaves
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 
 def test_the_file_holds_the_model_that_was_judged(tmp_path):
   config = text.get_config('llama')
@@ -27,6 +29,6 @@ def test_the_file_holds_the_model_that_was_judged(tmp_path):
   assert not arrays
   params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
   x = tokens['evaluation'].astype(np.int32)
-  chances = jax.nn.log_softmax(apply(params, x[:, :-1]))
+  chances = jax.nn.log_softmax(jax.jit(apply)(params, x[:, :-1]))
   nats = -np.take_along_axis(np.asarray(chances), x[:, 1:, None], -1).mean()
   assert found == {'nats': pytest.approx(float(nats), rel=1e-5)}

@@ -4,6 +4,7 @@ One program holds a dense and a convolution weight for every quantizer, so that
 it is compiled once.
 """
 
+import jax
 import numpy as np
 import pytest
 from draws import normal
