@@ -6,6 +6,8 @@ from typing import Any
 
 from absl import flags
 
+from quantlab import runtime
+
 
 def parse(argv: list[str]) -> list[str]:
   """Reads the flags; a slip in `--config` ends with a message.
@@ -29,19 +31,25 @@ def parse(argv: list[str]) -> list[str]:
   return rest
 
 
-def guarded(run: Callable[..., Any], *args: Any) -> Any:
+def guarded(
+  run: Callable[..., Any],
+  *args: Any,
+  refused: tuple[type[Exception], ...] = (ValueError,),
+) -> Any:
   """Runs; what is refused, and Ctrl-C, end with a message.
 
   Args:
     run: of a launcher, which goes on where it was.
     *args: of it.
+    refused: errors that are messages to the user.
 
   Returns:
     What it returns.
   """
   try:
-    return run(*args)
-  except ValueError as error:
+    with runtime.interruptible():
+      return run(*args)
+  except refused as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     print('stopped; the same command goes on from here', file=sys.stderr)

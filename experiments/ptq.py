@@ -234,22 +234,21 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   config, workdir = values.config, values.workdir
-  try:
+  if not values.replay and config is None:
+    raise app.UsageError('--config is needed: what to run')
+  if not values.replay and not values.dry_run and not workdir:
+    raise app.UsageError('--workdir is needed: a folder for the results')
+
+  def work():
     if values.replay:
       sys.exit(replay.run(values.replay))
-    if config is None:
-      raise app.UsageError('--config is needed: what to run')
-    if values.dry_run:
-      dry_run(config)
-      return
-    if not workdir:
-      raise app.UsageError('--workdir is needed: a folder for the results')
-    metrics = run(config, workdir)
-  except (variants.ConfigError, runtime.WorkdirError) as error:
-    sys.exit(f'error: {error}')
-  except KeyboardInterrupt:
-    print('stopped; the same command goes on from here', file=sys.stderr)
-    sys.exit(130)
+    return dry_run(config) if values.dry_run else run(config, workdir)
+
+  metrics = command_line.guarded(
+    work, refused=(variants.ConfigError, runtime.WorkdirError)
+  )
+  if values.dry_run:
+    return
   if metrics:
     print(f'written to {workdir}: report.html, metrics.json, plan.json')
   else:

@@ -17,7 +17,6 @@ all devices. Several hosts run the same command with `--coordinator=HOST:PORT
 --processes=N --process=I`.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -250,18 +249,17 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     jax.distributed.initialize(
       values.coordinator, values.processes, values.process
     )
-  try:
-    metrics = run(values.config, values.workdir)
-  except (
-    variants.ConfigError,
-    runtime.WorkdirError,
-    runtime.CheckpointError,
-    TrainingError,
-  ) as error:
-    sys.exit(f'error: {error}')
-  except KeyboardInterrupt:
-    print('stopped; the same command goes on from here', file=sys.stderr)
-    sys.exit(130)
+  metrics = command_line.guarded(
+    run,
+    values.config,
+    values.workdir,
+    refused=(
+      variants.ConfigError,
+      runtime.WorkdirError,
+      runtime.CheckpointError,
+      TrainingError,
+    ),
+  )
   if metrics:
     print(f'written to {values.workdir}: report.html, metrics.json')
   else:

@@ -1,6 +1,7 @@
 """What the launchers share: folders, numbers, progress, checkpoints."""
 
 from quantlab.runtime.checkpoint import CheckpointError as CheckpointError
+from quantlab.runtime.interrupt import interruptible as interruptible
 from quantlab.runtime.manifest import environment as environment
 from quantlab.runtime.manifest import fingerprint as fingerprint
 from quantlab.runtime.mesh import make_mesh as make_mesh

@@ -15,6 +15,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich import text as rich_text
 
+from quantlab.runtime import interrupt
+
 T = TypeVar('T')
 
 
@@ -89,11 +91,14 @@ def track(
     total = len(items)
   with _display.use(force) as progress:
     if progress is None:
-      yield from items
+      for item in items:
+        interrupt.check()
+        yield item
       return
     task = progress.add_task(label, total=total)
     try:
       for item in items:
+        interrupt.check()
         yield item
         progress.advance(task)
     finally:

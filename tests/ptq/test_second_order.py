@@ -10,8 +10,6 @@ import quantlab as ql
 from quantlab import core
 from quantlab.ptq.second_order import inverse_factor, second_order
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 K, N = 96, 8
 QUANTIZERS = [
   ql.int4(),

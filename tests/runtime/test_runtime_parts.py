@@ -1,6 +1,8 @@
 """Progress, fingerprints, meshes."""
 
+import gc
 import io
+import signal
 import sys
 
 import jax
@@ -103,3 +105,34 @@ def test_usage_measures():
   assert t.seconds > 0
   peak = runtime.peak_bytes()
   assert peak is None or peak > 1 << 20
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_an_interrupt_that_python_drops_is_not_lost():
+  """Raised in a callback of the garbage collector, where nothing sees it."""
+  pressed = []
+
+  def callback(phase, info):
+    if not pressed:
+      pressed.append(True)
+      signal.raise_signal(signal.SIGINT)
+
+  def work():
+    for _ in runtime.track(range(3), 'work'):
+      gc.callbacks.append(callback)
+      try:
+        gc.collect()
+      finally:
+        gc.callbacks.remove(callback)
+
+  before = signal.getsignal(signal.SIGINT)
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(KeyboardInterrupt), runtime.interruptible():
+      work()
+    assert pressed
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    with runtime.interruptible():
+      assert list(runtime.track(range(2), 'again')) == [0, 1]
+  finally:
+    signal.signal(signal.SIGINT, before)

@@ -12,6 +12,8 @@ from jax import lax
 import quantlab as ql
 from quantlab import quality, search
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 W = programs.Random(5)
 
 
