@@ -245,7 +245,7 @@ def _search(q: Quantizer, lo, hi, counts):
   if isinstance(rule, scales.kl):
     # A code at least one bin: with fewer nothing is merged, and nothing lost.
     least = min(2**q.bits / BINS, 1.0)
-    ratios = jnp.linspace(least, 1.0, rule.candidates)
+    ratios = jnp.linspace(1.0, least, rule.candidates)
     counts = jnp.where((edges[:-1] <= 0) & (edges[1:] > 0), 0, counts)
   elif isinstance(rule, scales.mse):
     ratios = jnp.asarray(rule.ratios())

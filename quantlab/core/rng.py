@@ -9,14 +9,14 @@ from jaxtyping import Array, Key
 
 
 def check_key(key: Any) -> None:
-  """Refuses what is no typed random key; None passes.
+  """Refuses what is no single typed random key; None passes.
 
   Raises:
     TypeError: says what was found.
   """
-  if key is not None and not is_key(key):
+  if key is not None and not (is_key(key) and key.shape == ()):
     raise TypeError(
-      f'key= takes a random key, got {key!r}; pass jax.random.key(seed)'
+      f'key= takes one random key, got {key!r}; pass jax.random.key(seed)'
     )
 
 

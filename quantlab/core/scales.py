@@ -158,13 +158,14 @@ class kl(Rule):
   It reads what calibration counts, and so is of static quantizers alone.
 
   Attributes:
-    candidates: number of ratios, from one bin of the histogram a code to 1.
+    candidates: number of ratios, from 1 down to one bin of the histogram a
+      code.
   """
 
   candidates: int = 256
 
   def __post_init__(self):
-    if not isinstance(self.candidates, int) or self.candidates < 1:
+    if type(self.candidates) is not int or self.candidates < 1:
       raise ValueError(
         f'kl takes an integer candidates >= 1, found {self.candidates!r}'
       )

@@ -64,6 +64,8 @@ def _labels_fit(logits: jax.Array, labels: jax.Array) -> jax.Array:
       'Labels must have the shape of the logits without the last axis; got '
       f'{labels.shape=}, {logits.shape=}.'
     )
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise TypeError(f'Labels are integers, got {labels.dtype}.')
   return (labels >= 0) & (labels < logits.shape[-1])
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantlab.search import objectives
 from quantlab.search.offsets import Offsets
 from quantlab.search.probes import Probes
 from quantlab.search.program import Operand, Program, split
@@ -44,6 +45,7 @@ def trace(
   hutchinson = Probes(expansion)
   units = units_of(expansion)
   found: list[list[np.ndarray]] = []
+  counts, weights = expansion.counts(), []
   norms: dict[Operand, np.ndarray] = {}
   sizes: dict[Operand, float] = {}
   squared = expansion.norms()
@@ -51,6 +53,7 @@ def trace(
   for i, batch in enumerate(track(batches, 'trace')):
     inputs, targets = split(batch, expansion.task.targets, i)
     keys = jax.random.split(jax.random.fold_in(key, i), probes)
+    weights.append(float(counts(program.params, inputs, targets)))
     prepared = hutchinson.linearized(program.params, inputs, targets)
     rows = [hutchinson.products(prepared, k) for k in keys]
     found.append(
@@ -74,7 +77,7 @@ def trace(
         sizes |= {(name, o[1]): size for name in names}
     examples += b
   samples = np.array(found, float)  # batches, probes, units
-  mean, spread = _two_level(samples)
+  mean, spread = _two_level(samples, np.array(weights))
   facts = {
     'traces': {
       '/'.join(o): {'value': mean[j], 'stderr': spread[j], 'n': sizes[o]}
@@ -90,7 +93,8 @@ def trace(
         for o in units
       ]
     )
-    value, error = _two_level((samples @ weight)[..., None])
+    drawn = (samples @ weight)[..., None]
+    value, error = _two_level(drawn, np.array(weights))
     entries.append((float(value[0]), float(error[0])))
   return entries, facts
 
@@ -110,7 +114,9 @@ def program_flat(program: Program) -> list[tuple[int, int]]:
   ]
 
 
-def _two_level(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _two_level(
+  samples: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """Mean and standard error of (batches, probes, ...) draws.
 
   The larger of the spread of all draws and, with more than one batch, that
@@ -118,13 +124,9 @@ def _two_level(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """
   b, p = samples.shape[:2]
   flat = samples.reshape(b * p, *samples.shape[2:])
-  error = (
-    flat.std(0, ddof=1) / np.sqrt(b * p) if b * p > 1 else flat[0] * np.nan
-  )
-  if b > 1:
-    between = samples.mean(1).std(0, ddof=1) / np.sqrt(b)
-    error = np.fmax(error, between)
-  return flat.mean(0), error
+  mean, error = objectives.over_batches(flat, np.repeat(weights, p))
+  _, between = objectives.over_batches(samples.mean(1), weights)
+  return mean, np.fmax(error, between)
 
 
 def eigenvalue(
@@ -200,6 +202,13 @@ class _Power:
     self.offsets = Offsets(expansion)
     self.shapes = self.offsets.shapes(split(batches[0], self.task.targets)[0])
     self._product = jax.jit(self._hessian_product)
+    counts, params = expansion.counts(), self.program.params
+    self.weights = np.array(
+      [
+        float(counts(params, *split(b, self.task.targets, i)))
+        for i, b in enumerate(batches)
+      ]
+    )
 
   def _hessian_product(self, params, v, inputs, targets):
     zero = jax.tree.map(jnp.zeros_like, v)
@@ -212,6 +221,13 @@ class _Power:
       self._product(self.program.params, v, *split(b, self.task.targets, i))
       for i, b in enumerate(self.batches)
     ]
+
+  def _mean(self, each, operand):
+    """Over the batches that count."""
+    used = [
+      (w, h[operand]) for w, h in zip(self.weights, each, strict=True) if w > 0
+    ]
+    return sum(w * h for w, h in used) / sum(w for w, _ in used)
 
   def _masks(self, names):
     """1 where a row's block is, by operand: all of it, or some layers."""
@@ -239,7 +255,7 @@ class _Power:
     while True:
       step += 1
       each = self._products(v)
-      h = {o: masks[o] * sum(hb[o] for hb in each) / len(each) for o in mine}
+      h = {o: masks[o] * self._mean(each, o) for o in mine}
       before, value = value, _dot(v, h, mine)
       residual = {o: h[o] - value * v[o] for o in mine}
       size = _norm(h, mine)
@@ -248,8 +264,7 @@ class _Power:
         break
       v = _scaled({**v, **h}, mine, 1 / size)
     quotients = np.array([_dot(v, hb, mine) for hb in each])
-    n = len(quotients)
-    error = quotients.std(ddof=1) / np.sqrt(n) if n > 1 else float('nan')
+    _, error = objectives.over_batches(quotients, self.weights)
     facts = {'residual': _norm(residual, mine), 'iterations': step}
     return value, float(error), facts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 
 from quantlab import rewrites
 from quantlab.core import rng
+from quantlab.core.tree import named_leaves
 from quantlab.graph import known, tracing
 
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
@@ -150,10 +152,24 @@ def distill(
     The batch, and the loss after every step.
 
   Raises:
-    ValueError: there is no BatchNorm.
+    ValueError: there is no BatchNorm; parameters that are not finite; steps,
+      rate or epsilon that are not positive; an empty `like`.
     TypeError: `key` is no random key.
   """
+  if key is None:
+    raise TypeError('key= takes a random key; pass jax.random.key(seed)')
   rng.check_key(key)
+  if not (type(steps) is int and steps > 0):
+    raise ValueError(f'steps is a positive whole number, got {steps!r}')
+  for what, value in (('learning_rate', learning_rate), ('epsilon', epsilon)):
+    if not (math.isfinite(value) and value > 0):
+      raise ValueError(f'{what} is a positive number, got {value!r}')
+  if 0 in like.shape:
+    raise ValueError(f'like= is empty: its shape is {like.shape}')
+  for path, x in named_leaves(params):
+    floats = jnp.issubdtype(x.dtype, jnp.floating)
+    if floats and not bool(jnp.isfinite(x).all()):
+      raise ValueError(f'the parameter {path!r} holds NaN or infinity')
   shape, dtype = like.shape, like.dtype
   start = jax.random.normal(key, shape, dtype)
   targets = batch_norms(apply, params, start)

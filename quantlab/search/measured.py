@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from quantlab.search.allocate import Allocation
 
@@ -11,7 +11,7 @@ Choice = tuple[int, ...]
 
 
 def measured(
-  candidates: Sequence[Allocation], measure: Callable[[Choice], float]
+  candidates: Iterable[Allocation], measure: Callable[[Choice], float]
 ) -> Allocation:
   """The allocation that measures best.
 
@@ -29,17 +29,25 @@ def measured(
       choice is measured once.
 
   Raises:
-    ValueError: no candidate, others than of the same rows, or none that
-      measures as a number.
+    ValueError: no candidate, others than of the same rows and options of one
+      model, or none that measures as a number.
+    TypeError: no allocation.
   """
+  candidates = list(candidates)
   if not candidates:
     raise ValueError('measured needs at least one allocation to measure')
-  rows = [r.name for r in candidates[0].table.rows]
-  for other in candidates[1:]:
-    if [r.name for r in other.table.rows] != rows:
+  for each in candidates:
+    if not isinstance(each, Allocation):
+      raise TypeError(f'measured takes allocations, got {each!r}')
+  first = candidates[0].table
+  for other in (c.table for c in candidates[1:]):
+    if (other.rows, other.model) != (first.rows, first.model):
       raise ValueError(
-        f'allocations of other rows cannot be compared: {rows[:3]}... and '
-        f'{[r.name for r in other.table.rows][:3]}...'
+        'allocations of other rows, options or models cannot be compared: '
+        f'{[(r.name, r.options) for r in first.rows][:2]}... of '
+        f'{first.model!r} and '
+        f'{[(r.name, r.options) for r in other.rows][:2]}... of '
+        f'{other.model!r}'
       )
   best = least([c.choice for c in candidates], measure)
   return next(c for c in candidates if c.choice == best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy import optimize, sparse
 
 Columns = tuple[np.ndarray, ...]
 _SCALE = 1e6
+_CUTS = 100
 
 
 def solve(
@@ -19,9 +21,10 @@ def solve(
   """The exact optimum by HiGHS (`scipy.optimize.milp`).
 
   One binary variable an option; each row takes one, each cost stays within
-  its budget. Costs are scaled to 1 and values to 1e6, because the solver's
+  its budget. Values and costs are scaled to 1e6, because the solver's
   tolerances are absolute: it ends within 1e-6 of the optimum, which here is
-  1e-12 of the largest value.
+  1e-12 of the largest value. A choice that is over a budget within those
+  tolerances all the same is cut off, and the next best taken.
 
   Args:
     values: (options,) of each row; what is not finite is never chosen.
@@ -41,23 +44,37 @@ def solve(
   constraints = [optimize.LinearConstraint(one_each, 1, 1)]
   for name, limit in budgets.items():
     cost = np.concatenate(costs[name])
-    scale = np.abs(cost).max() or 1.0
+    scale = (np.abs(cost).max() or 1.0) / _SCALE
     constraints.append(
       optimize.LinearConstraint(cost[None] / scale, -np.inf, limit / scale)
     )
-  found = optimize.milp(
-    objective,
-    integrality=np.ones(size),
-    bounds=optimize.Bounds(0, usable.astype(float)),
-    constraints=constraints,
-    options={'mip_rel_gap': 0.0},
-  )
-  if found.x is None:
-    least = {n: float(sum(c.min() for c in costs[n])) for n in budgets}
-    raise ValueError(
-      f'no choice meets all budgets {dict(budgets)} together; the smallest '
-      f'reachable costs, each by itself, are {least} ({found.message})'
-    )
-  chosen = found.x > 0.5
   starts = np.cumsum([0, *(len(v) for v in values)])[:-1]
-  return tuple(int(k) for k in np.flatnonzero(chosen) - starts)
+  for _ in range(_CUTS):
+    found = optimize.milp(
+      objective,
+      integrality=np.ones(size),
+      bounds=optimize.Bounds(0, usable.astype(float)),
+      constraints=constraints,
+      options={'mip_rel_gap': 0.0},
+    )
+    if found.x is None:
+      least = {n: float(sum(c.min() for c in costs[n])) for n in budgets}
+      raise ValueError(
+        f'no choice meets all budgets {dict(budgets)} together; the smallest '
+        f'reachable costs, each by itself, are {least} ({found.message})'
+      )
+    choice = tuple(int(k) for k in np.flatnonzero(found.x > 0.5) - starts)
+    if all(_cost(costs[n], choice) <= limit for n, limit in budgets.items()):
+      return choice
+    chosen = (found.x > 0.5).astype(float)
+    constraints.append(
+      optimize.LinearConstraint(chosen[None], -np.inf, len(values) - 1)
+    )
+  raise ValueError(
+    f'the {_CUTS} best choices are over the budgets {dict(budgets)} by less '
+    "than the solver resolves; method='dp' is exact for one budget"
+  )
+
+
+def _cost(columns: Columns, choice: tuple[int, ...]) -> float:
+  return math.fsum(c[k] for c, k in zip(columns, choice, strict=True))

@@ -131,6 +131,33 @@ def conclude(
   return found.value, found.stderr
 
 
+def over_batches(
+  samples: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Mean of batches by what each counts, and its standard error.
+
+  Of a ratio of sums, as `estimate.ratio` has it; with equal weights the mean.
+
+  Args:
+    samples: (batches, ...), each a mean over its batch.
+    weights: (batches,), what those means were divided by.
+
+  Raises:
+    ValueError: nothing was counted.
+  """
+  used = weights > 0
+  if not used.any():
+    raise ValueError('nothing was counted in any batch: its masks are all zero')
+  samples, weights = samples[used], weights[used]
+  w = weights.reshape(-1, *[1] * (samples.ndim - 1))
+  n, total = len(w), w.sum()
+  mean = (w * samples).sum(0) / total
+  if n == 1:
+    return mean, np.full_like(mean, np.nan)
+  off = np.square(w * (samples - mean)).sum(0)
+  return mean, np.sqrt(n / (n - 1) * off) / total
+
+
 def _loss(task, reference, outputs, targets):
   after = task.update(outputs, *targets)
   before = task.update(jax.lax.stop_gradient(reference), *targets)

@@ -21,6 +21,7 @@ from quantlab.calibration import batches as batches_lib
 from quantlab.core import presets
 from quantlab.quality import metric as metrics
 from quantlab.recipe import Recipe, Rule
+from quantlab.search import objectives
 from quantlab.search.program import Program, split
 from quantlab.search.simulate import Relevance
 
@@ -59,7 +60,7 @@ def relevance(
   run = rewrites.fake_quantized(program.apply, plan, Relevance())
 
   @jax.jit
-  def shares(params, inputs, targets):
+  def sums(params, inputs, targets):
     def start(slots):
       state = {s: {'output': {'alpha': x}} for s, x in slots.items()}
       outputs = run({'weights': params, 'sites': state}, *inputs)
@@ -71,20 +72,25 @@ def relevance(
     slots = {s: jnp.zeros(plan.sites[s].loops) for s in sites}
     found = jax.grad(start)(slots)
 
-    def share(name):
+    def total(name):
       site, layer = places[name]
       return (found[site] if layer is None else found[site][layer]).sum()
 
-    by_row = jnp.stack([sum(map(share, r.sites)) for r in rows])
-    return by_row / by_row.sum()
+    return jnp.stack([sum(map(total, r.sites)) for r in rows])
 
   samples = []
   for i, batch in enumerate(track(batches, 'relevance')):
     inputs, targets = split(batch, task.targets, i)
-    samples.append(np.asarray(shares(program.params, inputs, targets), float))
-  c = np.mean(samples, 0)
-  n = len(samples)
-  spread = np.std(samples, 0, ddof=1) / np.sqrt(n) if n > 1 else c * np.nan
+    samples.append(np.asarray(sums(program.params, inputs, targets), float))
+  each = np.array(samples)  # batches, rows
+  weights = each.sum(1)
+  if not weights.sum() > 0:
+    raise ValueError(
+      'there is no relevance to share: the largest outputs are zero at every '
+      'position that counts'
+    )
+  shares = each / np.where(weights > 0, weights, 1)[:, None]
+  c, spread = objectives.over_batches(shares, weights)
   entries = {
     name: [
       (c[i] * f(rule), spread[i] * f(rule))

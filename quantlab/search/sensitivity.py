@@ -136,6 +136,8 @@ def sensitivity(
     TypeError: batches that can be read only once, or are one batch; `encode`
       is no encoder, `key` no key.
   """
+  if not isinstance(metric, str | Sequence):
+    raise TypeError(f'metric= takes a name or several, got {metric!r}')
   names = (metric,) if isinstance(metric, str) else tuple(metric)
   if not names:
     raise ValueError(f'metric= names at least one of {list(METRICS)}')
@@ -168,10 +170,13 @@ def sensitivity(
     whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
     if not (whole and count > 0):
       raise ValueError(f'{what} is a positive whole number, got {count!r}')
-  if not (np.isreal(tolerance) and 0 < tolerance < 1):
+  real = isinstance(tolerance, int | float | np.number)
+  if not (real and 0 < tolerance < 1):
     raise ValueError(f'tolerance is between 0 and 1, got {tolerance!r}')
   rng.check_key(key)
   batches_lib.first(batches)
+  if calibration is not None:
+    batches_lib.first(calibration)
   if 'fisher' in names and of != 'loss':
     raise ValueError(
       f"'fisher' is made of gradients, and that of {of!r} is zero at the float "

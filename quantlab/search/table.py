@@ -31,6 +31,10 @@ class Row:
   rules: tuple[Rule | None, ...] = ()
 
   def __post_init__(self):
+    if not all(isinstance(n, str) for n in (self.name, *self.options)):
+      raise TypeError(
+        f'rows and options have names, got {self.name!r}: {self.options!r}'
+      )
     if not self.options:
       raise ValueError(f'row {self.name!r} has no options to choose from')
     if len(set(self.options)) < len(self.options):
@@ -115,6 +119,8 @@ class Table:
         raise ValueError(
           f'the fixed cost {name!r} is a number from 0 on, got {x!r}'
         )
+    if any((np.asarray(s) < 0).any() for s in self.stderr):
+      raise ValueError('standard errors are not negative')
     if any(np.isinf(v).any() for v in self.values):
       raise ValueError('values are numbers, or NaN where one failed; found inf')
     for name, columns in self.costs.items():
@@ -359,7 +365,7 @@ class Table:
     rows = tuple(
       Row(
         r['name'],
-        tuple(r['options']),
+        tuple(_list(r['options'])),
         tuple(r['sites']),
         tuple(x and Rule.from_json(x) for x in r['rules']),
       )
@@ -445,6 +451,12 @@ def _plain(columns: Columns) -> list[list[float | None]]:
   return [
     [x if math.isfinite(x) else None for x in map(float, c)] for c in columns
   ]
+
+
+def _list(value: Any) -> list[Any]:
+  if not isinstance(value, list):
+    raise TypeError(f'expected a list, got {value!r}')
+  return value
 
 
 def _arrays(columns: Sequence[Sequence[float | None]]) -> Columns:

@@ -69,6 +69,15 @@ class Expansion:
     state = self.program.state(leaves)
     return self._shifted(self.program.variables(params, state), *inputs)
 
+  def counts(self) -> Callable:
+    """`(params, inputs, targets) -> scalar`: what a batch's mean divides by."""
+
+    def run(params, inputs, targets):
+      outputs = self._outputs(params, jnp.zeros(self.size), inputs)
+      return self._per_example(outputs, outputs, *targets)[1].sum()
+
+    return jax.jit(run)
+
   def along(self) -> Callable:
     """`(params, direction, inputs, targets) -> (first, second, counts)`.
 
@@ -177,15 +186,16 @@ def interactions(
   linearized, size = expansion.gradient(), expansion.size
   product = jax.jit(lambda linear, direction: linear(direction))
   found: list[np.ndarray] = []
+  counts, weights = expansion.counts(), []
   for i, batch in enumerate(track(batches, 'interactions')):
     inputs, targets = split(batch, expansion.task.targets, i)
+    weights.append(float(counts(expansion.program.params, inputs, targets)))
     linear = linearized(expansion.program.params, inputs, targets)
     each = [product(linear, e) for e in jnp.eye(size)]
     found.append(np.asarray(jnp.stack(each), float))
   h = np.stack(found)
   h = (h + np.swapaxes(h, 1, 2)) / 2
-  spread = h.std(0, ddof=1) / np.sqrt(len(h)) if len(h) > 1 else h[0] * np.nan
-  mean = h.mean(0)
+  mean, spread = objectives.over_batches(h, np.array(weights))
   for a, b in zip(expansion.starts, expansion.starts[1:], strict=False):
     mean[a:b, a:b] = 0
   return mean, spread

@@ -52,7 +52,7 @@ def threshold(x, levels, ratios):
       at = (codes[inside] == code) & (counts[inside] > 0)
       if at.any():
         q[at] = counts[inside][at].mean()
-    p, q = ((1 - 1e-4) * v / v.sum() + 1e-4 / len(inside) for v in (p, q))
+    p, q = ((1 - 1e-4) * v / counts.sum() + 1e-4 / len(inside) for v in (p, q))
     found.append((p * np.log(p / q)).sum())
   return top * ratios[int(np.argmin(found))] / levels
 
@@ -63,10 +63,10 @@ def test_the_range_is_that_of_the_algorithm(bits):
   half = rng.laplace(size=(3000, 4))
   x = np.concatenate([half, -half]).astype(np.float32)  # as wide on both sides
   q = getattr(ql, f'int{bits}')(**STATIC, scale=ql.scales.kl(64))
-  ratios = np.linspace(2**bits / BINS, 1, 64)
+  ratios = np.linspace(1, 2**bits / BINS, 64)
   want = threshold(x, 2 ** (bits - 1) - 1, ratios)
   # Values on the edge of a bin may fall to either side: by a candidate.
-  near = (ratios[1] - ratios[0]) * np.abs(x).max() / (2 ** (bits - 1) - 1)
+  near = (ratios[0] - ratios[1]) * np.abs(x).max() / (2 ** (bits - 1) - 1)
   assert scale(q, x) == pytest.approx(want, abs=1.5 * near)
   if bits == 4:
     assert want < 0.8 * np.abs(x).max() / 7
@@ -105,12 +105,37 @@ def test_at_few_bits_it_beats_the_whole_range():
     assert error(KL) < 0.5 * error(None)
 
 
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_what_lies_away_from_zero_is_kept(symmetric):
+  """Where a small range holds nothing, nothing diverges in it."""
+  rng = np.random.default_rng(3)
+  for x in (
+    1 + np.tanh(0.3 * rng.normal(size=(2000, 4))) / 2,
+    5 + np.abs(rng.normal(size=(2000, 4))),
+    -3 - rng.random((2000, 4)),
+    np.full((20, 4), 3.0),
+    np.zeros((20, 4)),
+  ):
+    x = x.astype(np.float32)
+    q = ql.int8(**STATIC, scale=KL, symmetric=symmetric)
+    whole = ql.int8(**STATIC, symmetric=symmetric)
+    assert scale(q, x) > 0.8 * scale(whole, x)
+
+
+def test_one_candidate_is_the_whole_range():
+  x = np.random.default_rng(0).laplace(size=(500, 4)).astype(np.float32)
+  q = ql.int4(**STATIC, scale=ql.scales.kl(1))
+  assert scale(q, x) == scale(ql.int4(**STATIC), x)
+
+
 def test_it_is_of_static_activations_alone():
   for fields in ({}, {'per': 'tensor'}, {'group': 4}):
     with pytest.raises(ValueError, match=r'kl\(\) compares .* static=True'):
       ql.int8(scale=KL, **fields)
   with pytest.raises(ValueError, match='kl takes an integer'):
     ql.scales.kl(0)
+  with pytest.raises(ValueError, match='kl takes an integer'):
+    ql.scales.kl(True)
   q = ql.int8(**STATIC, scale=ql.scales.kl(7), symmetric=False)
   assert repr(q.scale) == 'kl(candidates=7)'
   again = quantizer_lib.Quantizer.from_json(json.loads(json.dumps(q.to_json())))

@@ -351,6 +351,23 @@ def test_an_integer_program_is_solved_to_the_end():
     assert milp.value == pytest.approx(dp.value, rel=1e-9, abs=0)
 
 
+def test_an_integer_program_stays_within_its_budget():
+  """Where the budget is one byte less than a choice of a large model costs."""
+  for seed in range(5):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(10**7, 10**8, (12, 1))
+    costs = np.floor(sizes * np.array([2, 3, 4, 8]) / 8)
+    values = rng.random((12, 1)) * np.array([1, 0.25, 0.06, 0.0])
+    table = table_of(values, {'bytes': costs, 'more': costs})
+    free = ql.allocate(table, costs[:, 1].sum() * 1.5, 'dp')
+    limit = free.costs['bytes'] - 1
+    found = ql.allocate(table, {'bytes': limit, 'more': limit})
+    assert found.method == 'milp'
+    assert found.costs['bytes'] <= limit
+    exact = ql.allocate(table, limit, 'dp')
+    assert found.value == pytest.approx(exact.value, rel=1e-9)
+
+
 def test_bisection_starts_at_options_that_did_not_fail():
   nan = np.nan
   table = table_of(
@@ -422,6 +439,9 @@ def test_what_is_no_table_is_refused():
     ('from 0 on', lambda d: d['fixed'].update(bytes=-1.0)),
     ('from 0 on', lambda d: d['fixed'].update(bytes=np.nan)),
     ('NaN or infinity', lambda d: d.update(interactions=[[np.nan]])),
+    ('not negative', lambda d: d['stderr'][0].__setitem__(0, -1.0)),
+    ('expected a list', lambda d: d['rows'][0].update(options='abc')),
+    ('have names', lambda d: d['rows'][0].update(name=3)),
     ('could not convert', lambda d: d['values'][0].__setitem__(0, 'much')),
     ('one number for each option', lambda d: d['stderr'].pop()),
   ):
@@ -535,7 +555,6 @@ def test_groups_that_cannot_share_are_refused():
 
 def test_measurement_decides_between_allocations():
   table, at = draw(5)
-  rows = len(table.rows)
   choices = [ql.allocate(table, at['bytes'], m) for m in ('dp', 'random')]
   true = table_of(
     [np.random.default_rng(9).random(len(v)) for v in table.values],
@@ -562,6 +581,11 @@ def test_measurement_decides_between_allocations():
   other = search.Allocation(
     table.select('r0'), choices[0].choice[:1], 'mine', {}
   )
-  if rows > 1:
-    with pytest.raises(ValueError, match='of other rows'):
-      search.measured([choices[0], other], measure)
+  renamed = search.Allocation(
+    dataclasses.replace(table, model='another'), first, 'mine', {}
+  )
+  for wrong in (other, renamed):
+    with pytest.raises(ValueError, match='of other rows, options or models'):
+      search.measured([choices[0], wrong], measure)
+  with pytest.raises(TypeError, match='takes allocations'):
+    search.measured([table], measure)

@@ -74,9 +74,12 @@ def test_slips_are_told_from_each_other():
   refused(ValueError, 'returns int32', apply=lambda p, x: mlp(p, x).astype(int))
   for wrong in (0, True, 2.5):
     refused(ValueError, 'probes is a positive', metric='trace', probes=wrong)
-  for wrong in (0, -1.0, np.nan, 2):
+  for wrong in (0, -1.0, np.nan, 2, None):
     refused(ValueError, 'tolerance is between', tolerance=wrong)
-  refused(TypeError, r'pass jax\.random\.key\(seed\)', metric='trace', key=0)
+  for wrong in (0, jax.random.split(jax.random.key(0))):
+    refused(TypeError, r'one random key', metric='trace', key=wrong)
+  refused(TypeError, 'a name or several', metric=None)
+  refused(ValueError, 'there is no batch', calibration=[])
   for wrong in (None, 3, {'x': XS[0]}, XS[0]):
     refused(TypeError, r'batches are given as a list', batches=wrong)
   refused(ValueError, 'there is no batch', batches=[])
@@ -169,3 +172,38 @@ def test_inputs_that_are_no_examples_stay_whole():
   np.testing.assert_allclose(
     ours.interactions, measure(interactions=True).interactions, atol=1e-7
   )
+
+
+@pytest.mark.parametrize(
+  'metric', ['loss', 'hessian', 'trace', 'eigenvalue', 'lrp']
+)
+def test_batches_count_by_what_they_hold(metric):
+  """Parts of other sizes, and a batch of which nothing counts."""
+  none = np.zeros((6, 1), bool)
+  x, y = jnp.concatenate([XS[0], 3 * XS[1], XS[2]])[:, None], np.concatenate(YS)
+
+  def of(*parts):
+    batches = [
+      (x[a:b], y[a:b, None], np.ones((b - a, 1), bool)) for a, b in parts
+    ]
+    if len(parts) > 1:
+      batches.append((x[:6], y[:6, None], none))
+    more = {'key': jax.random.key(1), 'probes': 400, 'iterations': 200}
+    return measure(
+      batches,
+      metric=metric,
+      task=quality.language_model,
+      tolerance=1e-6,
+      **more,
+    )
+
+  whole, parts = of((0, 18)), of((0, 12), (12, 18))
+  tolerance = 0.15 if metric == 'trace' else 1e-3  # of other probes
+  np.testing.assert_allclose(parts.values, whole.values, rtol=tolerance)
+
+
+def test_labels_are_integers():
+  for kind in (np.float32, bool):
+    batches = [(x, y.astype(kind)) for x, y in LABELLED]
+    with pytest.raises(TypeError, match='Labels are integers'):
+      measure(batches, metric='loss', task=quality.classification)
