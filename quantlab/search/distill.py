@@ -157,7 +157,7 @@ def distill(
     TypeError: `key` is no random key.
   """
   if key is None:
-    raise TypeError('key= takes a random key; pass jax.random.key(seed)')
+    raise TypeError('key= takes one random key; pass jax.random.key(seed)')
   rng.check_key(key)
   if not (type(steps) is int and steps > 0):
     raise ValueError(f'steps is a positive whole number, got {steps!r}')
