@@ -5,7 +5,7 @@ one once a format, which serves every allocation that gives it that format.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,33 @@ def tables(
       tables = spaces.read_tables(file, group, work)
       found |= {metric + mark: table for metric, table in tables.items()}
   return found
+
+
+def measure(
+  config: Any, work: models.Workload, metric: str, encoders: Sequence[str] = ()
+) -> Callable[[Sequence[int]], float]:
+  """`choice -> metric` on the batches of the tables.
+
+  Args:
+    config: of a search.
+    work: its model.
+    metric: a direct one.
+    encoders: none, and weights are rounded as the model runs; or the one that
+      makes them, on its first calibration set.
+  """
+  program = spaces.program(config, work)
+  for name in encoders:
+    how = encoding(config, work, f'{name}/0')
+    program = search.Encoded(program, how.encoder, how.batches, how.key)
+  run = search.Measure(
+    program, spaces.measured_on(config, work), work.metric, [metric]
+  )
+
+  def measured(choice):
+    [(value, _)] = run([program.choice(choice)])[metric]
+    return value
+
+  return measured
 
 
 def labels(config: Any) -> list[str]:

@@ -1,9 +1,9 @@
 """Allocations whose sites are scored by two metrics (MixDQ)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import spaces, variants
+from experiments import allocated, variants
 from quantlab import models, runtime, search
 from quantlab.search import objectives
 
@@ -56,7 +56,7 @@ def allocations(
   names = [r.name for table in groups for r in table.rows]
   kept = folder.read_json('decoupled.json', {})
   if todo := [option for option in config.budgets if option not in kept]:
-    measure = _loss(config, work)
+    measure = allocated.measure(config, work, objectives.default(work.metric))
     order = [names.index(r.name) for r in whole.rows]
 
     def in_order(choice):
@@ -76,18 +76,3 @@ def allocations(
       whole, tuple(choice), 'decoupled', budget
     )
   return found
-
-
-def _loss(config: Any, work: models.Workload) -> Callable[[Any], float]:
-  """Of a choice, on the batches of the tables."""
-  program = spaces.program(config, work)
-  objective = objectives.default(work.metric)
-  measured = search.Measure(
-    program, spaces.measured_on(config, work), work.metric, [objective]
-  )
-
-  def measure(choice):
-    [(value, _)] = measured([program.choice(choice)])[objective]
-    return value
-
-  return measure

@@ -1,6 +1,6 @@
 """Allocations that a measurement picks among those of several tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from experiments import allocated, fields, spaces
@@ -49,7 +49,7 @@ def allocations(
       key = f'{option}/{name}-measured'
       if key in kept:
         continue
-      measure = measure or _measure(config, work, metric, encoders)
+      measure = measure or allocated.measure(config, work, metric, encoders)
       names = [f'{option}/uniform', *_of(found, option, metric)]
       best = search.measured([found[n] for n in names], measure)
       kept[key] = next(n for n in names if found[n] is best)
@@ -61,22 +61,3 @@ def _of(found: Mapping[str, Any], option: str, metric: str) -> list[str]:
   """Names of allocations by a metric's tables, baselines left out."""
   heads = [f'{option}/{metric}{mark}' for mark in '-.@']
   return [n for n in found if n.startswith(tuple(heads)) and '-random' not in n]
-
-
-def _measure(
-  config: Any, work: models.Workload, metric: str, encoders: list[str]
-) -> Callable[[Any], float]:
-  """Of a choice, on the batches of the tables."""
-  program = spaces.program(config, work)
-  for name in encoders:
-    how = allocated.encoding(config, work, f'{name}/0')
-    program = search.Encoded(program, how.encoder, how.batches, how.key)
-  run = search.Measure(
-    program, spaces.measured_on(config, work), work.metric, [metric]
-  )
-
-  def measure(choice):
-    [(value, _)] = run([program.choice(choice)])[metric]
-    return value
-
-  return measure

@@ -247,8 +247,16 @@ def _search(q: Quantizer, lo, hi, counts):
     least = min(2**q.bits / BINS, 1.0)
     ratios = jnp.linspace(1.0, least, rule.candidates)
     counts = jnp.where((edges[:-1] <= 0) & (edges[1:] > 0), 0, counts)
+
+    def loss(rounded):
+      return entropy.divergence(counts, centres, rounded)
+
   elif isinstance(rule, scales.mse):
-    ratios = jnp.asarray(rule.ratios())
+    ratios, p = jnp.asarray(rule.ratios()), rule.p
+
+    def loss(rounded):
+      return jnp.sum(counts * jnp.abs(rounded(centres) - centres) ** p)
+
   else:
     raise TypeError(f'{rule!r} needs no search')
   plain = dataclasses.replace(q, scale=scales.full(q.symmetric), static=False)
@@ -257,13 +265,7 @@ def _search(q: Quantizer, lo, hi, counts):
     qp = core.fit_range(
       (lo * ratio)[None, None], (hi * ratio)[None, None], plain
     )
-
-    def rounded(x):
-      return core.fake_quantize(x[None], plain, qp, axis=-1)[0]
-
-    if isinstance(rule, scales.kl):
-      return entropy.divergence(counts, centres, rounded)
-    return jnp.sum(counts * jnp.abs(rounded(centres) - centres) ** rule.p)
+    return loss(lambda x: core.fake_quantize(x[None], plain, qp, axis=-1)[0])
 
   best = ratios[jnp.argmin(jax.lax.map(error, ratios))]
   return lo * best, hi * best

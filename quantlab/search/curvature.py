@@ -45,7 +45,8 @@ def trace(
   hutchinson = Probes(expansion)
   units = units_of(expansion)
   found: list[list[np.ndarray]] = []
-  counts, weights = expansion.counts(), []
+  counts: Callable = expansion.counts
+  weights: list[float] = []
   norms: dict[Operand, np.ndarray] = {}
   sizes: dict[Operand, float] = {}
   squared = expansion.norms()
@@ -202,7 +203,7 @@ class _Power:
     self.offsets = Offsets(expansion)
     self.shapes = self.offsets.shapes(split(batches[0], self.task.targets)[0])
     self._product = jax.jit(self._hessian_product)
-    counts, params = expansion.counts(), self.program.params
+    counts, params = expansion.counts, self.program.params
     self.weights = np.array(
       [
         float(counts(params, *split(b, self.task.targets, i)))

@@ -28,7 +28,7 @@ from quantlab.search import (
 from quantlab.search.measure import Measure
 from quantlab.search.program import Inputs, Program
 from quantlab.search.space import Cost, space
-from quantlab.search.table import Table, uniform
+from quantlab.search.table import Table, is_whole, uniform
 
 METRICS = (
   *objectives.DIRECT,
@@ -167,8 +167,7 @@ def sensitivity(
       f'of={of!r} has no derivative at 0; use one of {objectives.SMOOTH}'
     )
   for what, count in (('probes', probes), ('iterations', iterations)):
-    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
-    if not (whole and count > 0):
+    if not (is_whole(count) and count > 0):
       raise ValueError(f'{what} is a positive whole number, got {count!r}')
   real = isinstance(tolerance, int | float | np.number)
   if not (real and 0 < tolerance < 1):

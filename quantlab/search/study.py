@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 
 from quantlab import runtime
 from quantlab.search import samplers
-from quantlab.search.table import Table, check_name, check_table
+from quantlab.search.table import Table, check_name, check_table, is_whole
 
 Choice = tuple[int, ...]
 SAMPLERS = ('nsga2', 'predicted', 'random')
@@ -338,8 +338,7 @@ def _check_names(name: Any, objectives: Sequence[Any], worker: Any) -> None:
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
-  whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-  if not whole or not least <= value < 2**31:
+  if not (is_whole(value) and least <= value < 2**31):
     raise ValueError(
       f'{name}={value!r}: expected a whole number, at least {least} and below '
       '2^31'

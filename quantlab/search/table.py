@@ -158,8 +158,7 @@ class Table:
         f'{choice!r}'
       )
     for row, k in zip(self.rows, choice, strict=True):
-      whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
-      if not (whole and 0 <= k < len(row.options)):
+      if not (is_whole(k) and 0 <= k < len(row.options)):
         raise ValueError(
           f'row {row.name!r} has the options 0 to {len(row.options) - 1} '
           f'{row.options}, got {k!r}'
@@ -434,6 +433,11 @@ def refuse_failed(table: Table) -> None:
         f'every option of row {row.name!r} failed: {row.options} have the '
         f'values {value.tolist()}'
       )
+
+
+def is_whole(x: Any) -> bool:
+  """Whether something is a whole number, of Python or of NumPy."""
+  return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:

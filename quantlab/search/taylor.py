@@ -8,6 +8,7 @@ activations alike; the errors d are constants (straight through).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -69,11 +70,12 @@ class Expansion:
     state = self.program.state(leaves)
     return self._shifted(self.program.variables(params, state), *inputs)
 
+  @functools.cached_property
   def counts(self) -> Callable:
     """`(params, inputs, targets) -> scalar`: what a batch's mean divides by."""
 
     def run(params, inputs, targets):
-      outputs = self._outputs(params, jnp.zeros(self.size), inputs)
+      outputs = self.program.apply(params, *inputs)
       return self._per_example(outputs, outputs, *targets)[1].sum()
 
     return jax.jit(run)
@@ -186,7 +188,8 @@ def interactions(
   linearized, size = expansion.gradient(), expansion.size
   product = jax.jit(lambda linear, direction: linear(direction))
   found: list[np.ndarray] = []
-  counts, weights = expansion.counts(), []
+  counts: Callable = expansion.counts
+  weights: list[float] = []
   for i, batch in enumerate(track(batches, 'interactions')):
     inputs, targets = split(batch, expansion.task.targets, i)
     weights.append(float(counts(expansion.program.params, inputs, targets)))
