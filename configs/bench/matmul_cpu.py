@@ -81,6 +81,8 @@ def get_config(which: str = 'large') -> config_dict.ConfigDict:
       # Bytes of weights, past the caches, in at most so many.
       'rotate': 2**28 if many else 2**27,
       'copies': 2**10 if many else 8,
+      # Before each measurement; but small products are measured in caches.
+      'read_before': which != 'small',
       'rounds': {'large': 15, 'sites': 5, 'small': 7}[which],
       'peers': ('onnxruntime', 'torch', 'ggml', 'ggml_k') if many else (),
     }

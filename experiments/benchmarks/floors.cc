@@ -85,6 +85,26 @@ __attribute__((target("avx2"), noinline)) void Dot256(int64_t times) {
   for (auto& v : s) sink = sink + _mm256_extract_epi32(v, 0);
 }
 
+// Four tiles of sums, each of 16 x 16 x 64 products a time.
+__attribute__((target("amx-tile,amx-int8"), noinline)) void DotTiles(
+    int64_t times) {
+  struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int t = 0; t < 8; ++t) config.row_bytes[t] = 64, config.rows[t] = 16;
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+  for (int64_t i = 0; i < times; ++i) {
+    _tile_dpbsud(0, 6, 7);
+    _tile_dpbsud(1, 6, 7);
+    _tile_dpbsud(2, 6, 7);
+    _tile_dpbsud(3, 6, 7);
+  }
+  _tile_release();
+}
+
 }  // namespace
 
 extern "C" {
@@ -99,8 +119,14 @@ double read_rate(const char* p, int64_t n, int threads) {
   return n / seconds;
 }
 
-// 8-bit multiplications and additions per second of all threads.
-double int8_rate(int threads) {
+// 8-bit multiplications and additions per second of all threads, of the matrix
+// units or else of vectors.
+double int8_rate(int threads, int matrix) {
+  if (matrix) {
+    const int64_t times = 5'000'000;
+    const double seconds = Seconds(threads, [&](int) { DotTiles(times); });
+    return threads * times * (4 * 16 * 16 * 64 * 2.0) / seconds;
+  }
   const bool wide = __builtin_cpu_supports("avx512vnni");
   const int64_t times = 20'000'000;
   const double seconds =

@@ -24,14 +24,15 @@ def run(config: Any) -> dict[str, Any]:
   Args:
     config: see `configs/bench/matmul_cpu.py`.
   """
-  machine = floors.measure(config.rotate)
+  memory = floors.Memory(config.rotate)
+  machine = memory.measure()
   peers = engines.available(config.peers)
   cases: dict[str, Any] = {}
   for shape in config.shapes:
     made = _contestants(shape, config, peers)
     for m in shape['rows']:
       cases[f'{shape["k"]}x{shape["n"]}/{m}'] = _case(
-        shape, m, config, made, machine
+        shape, m, config, made, machine, memory
       )
     del made  # a gigabyte or two
   cases['call'] = _overhead(config.rounds)
@@ -51,17 +52,26 @@ def _contestants(shape, config, peers) -> dict[str, engines.ByRows]:
   return made
 
 
-def _case(shape, m: int, config, made, machine) -> dict[str, Any]:
+def _case(shape, m, config, made, machine, memory) -> dict[str, Any]:
   entries = {name: each(m) for name, each in made.items()}
   calls = shape['calls']
   # Threads of other engines spin before they go to sleep.
   pause = 0.02 if shape['peers'] else 0.002
+
+  def before():
+    time.sleep(pause)
+    # A core that was idle is slow for some milliseconds, in which half of a
+    # short run would fall and little of a long one. So all of them wake first,
+    # by reading what no product uses; that empties the caches, too.
+    if config.read_before:
+      memory.read()
+
   samples = timing.interleaved(
     {
       name: {'run': _again(entry.run, calls)} for name, entry in entries.items()
     },
     config.rounds,
-    before=lambda: time.sleep(pause),
+    before=before,
   )
   for name, entry in entries.items():
     for stages in samples[name].values():

@@ -33,14 +33,16 @@ FLAGS = ('-O3', '-std=c++17', '-fPIC', '-pthread')
 # Never those of the machine that compiles: a cache folder may be shared.
 _AVX2 = ('-mavx2', '-mfma')
 _AVX512 = ('-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq')
+_VNNI = (*_AVX2, *_AVX512, '-mavx512vnni')
 _ISAS = {
-  'avx512vnni': (*_AVX2, *_AVX512, '-mavx512vnni'),
+  'avx512vnni': _VNNI,
   'avxvnni': (*_AVX2, '-mavxvnni'),
   'avx2': _AVX2,
 }
 OBJECTS = {
   **{isa: ('kernel.cc', flags) for isa, flags in _ISAS.items()},
   **{f'conv_{isa}': ('conv.cc', flags) for isa, flags in _ISAS.items()},
+  'amx': ('kernel.cc', (*_VNNI, '-mamx-tile', '-mamx-int8')),
   'entry': ('entry.cc', ()),
 }
 

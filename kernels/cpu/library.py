@@ -3,7 +3,7 @@
 Environment: QUANTLAB_CPU_FFI, `auto` (the xla backend serves where the kernels
 cannot be built, after one warning), `0` (never), `require` (an error where
 they cannot be built); QUANTLAB_CPU_ISA, the instruction set to use, one of
-`avx512vnni`, `avxvnni`, `avx2`, or `none`.
+`amx`, `avx512vnni`, `avxvnni`, `avx2`, or `none`.
 """
 
 import ctypes
@@ -20,7 +20,8 @@ MULTIPLY = 'quantlab_multiply'
 MULTIPLY_FLOATS = 'quantlab_multiply_floats'
 QUANTIZE = 'quantlab_quantize'
 CONVOLVE = 'quantlab_convolve'
-ISAS = {'avx512vnni': 4, 'avxvnni': 2, 'avx2': 1}  # preferred first
+# Preferred first; bits of `quantlab_isas`.
+ISAS = {'amx': 8, 'avx512vnni': 4, 'avxvnni': 2, 'avx2': 1}
 
 _LOCK = threading.Lock()
 
@@ -48,8 +49,13 @@ def isa() -> str:
   """Returns the instruction set in use (where `unavailable` is None)."""
   named = os.environ.get('QUANTLAB_CPU_ISA')
   if not named:
-    return next(n for n, bit in ISAS.items() if _isas() & bit)
+    return isas()[0]
   return named
+
+
+def isas() -> tuple[str, ...]:
+  """Returns the instruction sets of this machine, preferred first."""
+  return tuple(n for n, bit in ISAS.items() if _isas() & bit)
 
 
 def _no_isa() -> str | None:

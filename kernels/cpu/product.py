@@ -23,7 +23,7 @@ from quantlab_kernels import crossover, int_dot
 from quantlab_kernels.cpu import library
 
 # Rows of x up to which codes are decoded within the product; as in vec.h.
-DIRECT = {'avx512vnni': 4, 'avxvnni': 3, 'avx2': 2}
+DIRECT = {'amx': 4, 'avx512vnni': 4, 'avxvnni': 3, 'avx2': 2}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "check_conv.h"
+#include "isas.h"
 #include "run.h"
 
 namespace {
@@ -198,16 +199,20 @@ bool all(const Kernels& kernels, const quantlab::ConvKernels& conv,
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 100;
-  __builtin_cpu_init();
+  const int64_t isas = quantlab::isas();
   bool good = true;
   for (int i = 0; i < count && good; ++i) {
     const unsigned seed = static_cast<unsigned>(i);
 #ifdef QL_AVX512VNNI
-    if (__builtin_cpu_supports("avx512vnni"))
+    if (isas & quantlab::kAvx512Vnni)
       good = all(quantlab::avx512vnni_kernels(), quantlab::avx512vnni_conv(), seed);
 #endif
+#ifdef QL_AMX
+    if (good && isas & quantlab::kAmx)
+      good = all(quantlab::amx_kernels(), quantlab::avx512vnni_conv(), seed);
+#endif
 #ifdef QL_AVX2
-    if (good && __builtin_cpu_supports("avx2"))
+    if (good && isas & quantlab::kAvx2)
       good = all(quantlab::avx2_kernels(), quantlab::avx2_conv(), seed);
 #endif
     if (!good) std::printf("seed %u\n", seed);

@@ -25,7 +25,7 @@ CHECKS = 'bounds,shift,signed-integer-overflow,integer-divide-by-zero'
 FLAGS = ('-O0', '-std=c++17', '-pthread', f'-fsanitize=address,{CHECKS}')
 FLAGS = (*FLAGS, '-fno-sanitize-recover=all', '-w', '-DQL_ROWS=2')
 FLAGS = (*FLAGS, '-I', str(build.SOURCE), '-I', str(HERE))
-ISAS = ('avx2', 'avx512vnni')
+ISAS = ('avx2', 'avx512vnni', 'amx')
 CASES = 40
 
 
@@ -40,7 +40,7 @@ def check(tmp_path):
     return kept
   cxx, _ = build.compiler()
   objects = {'check': (CHECKED[0], [f'-DQL_{isa.upper()}' for isa in ISAS])}
-  for name in (*ISAS, *(f'conv_{isa}' for isa in ISAS)):
+  for name in (*ISAS, 'conv_avx2', 'conv_avx512vnni'):
     source, flags = build.OBJECTS[name]
     objects[name] = (build.SOURCE / source, flags)
   running = [

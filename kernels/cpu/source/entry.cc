@@ -3,6 +3,7 @@
 #include <iterator>
 #include <string>
 
+#include "isas.h"
 #include "run.h"
 #include "run_conv.h"
 #include "xla/ffi/api/ffi.h"
@@ -14,23 +15,26 @@ namespace {
 
 const Kernels* kernels_of(int64_t isa) {
   switch (isa) {
-    case 1:
+    case kAvx2:
       return &avx2_kernels();
-    case 2:
+    case kAvxVnni:
       return &avxvnni_kernels();
-    case 4:
+    case kAvx512Vnni:
       return &avx512vnni_kernels();
+    case kAmx:
+      return &amx_kernels();
   }
   return nullptr;
 }
 
 const ConvKernels* conv_of(int64_t isa) {
   switch (isa) {
-    case 1:
+    case kAvx2:
       return &avx2_conv();
-    case 2:
+    case kAvxVnni:
       return &avxvnni_conv();
-    case 4:
+    case kAvx512Vnni:
+    case kAmx:
       return &avx512vnni_conv();
   }
   return nullptr;
@@ -292,18 +296,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_quantize, quantlab::QuantizeRows,
                                   .Attr<int64_t>("isa"));
 
 // The instruction sets of this machine, as bits.
-extern "C" int64_t quantlab_isas() {
-  __builtin_cpu_init();
-  int64_t found = 0;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    found |= 1;
-    unsigned a, b, c, d;
-    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
-    if (a >> 4 & 1) found |= 2;  // AVX-VNNI; leaf 7.1 is 0 where there is none
-  }
-  if (__builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    found |= 4;
-  return found;
-}
+extern "C" int64_t quantlab_isas() { return quantlab::isas(); }

@@ -4,6 +4,7 @@
 // function, and it might keep one with instructions the machine lacks.
 #include <string.h>
 
+#include "amx.h"
 #include "few.h"
 #include "floats.h"
 #include "quantize.h"
@@ -11,12 +12,20 @@
 namespace quantlab {
 namespace {
 
-constexpr int64_t kStrip = 16 * 1024;   // bytes of decoded weight at a time
-constexpr int64_t kSums = 512 * 1024;   // bytes of sums of one task
 constexpr int64_t kRows = 48 * kTile;   // rows of x of one task, at most
-constexpr int64_t kPanel = 512;         // columns of one task, at most
-constexpr int64_t kWide = 2048;         // of few rows: memory likes long runs
 constexpr int64_t kAhead = 128 * 1024;  // bytes of codes of one block, at most
+#if defined(__AMX_INT8__)
+constexpr int64_t kMany = 16;             // rows of a tile
+constexpr int64_t kDecoded = 512 * 1024;  // bytes of decoded weight at a time
+constexpr int64_t kSums = 2048 * 1024;    // bytes of sums of one task
+constexpr int64_t kPanel = 1024;          // columns of one task, at most
+#else
+constexpr int64_t kMany = kTile;
+constexpr int64_t kDecoded = 16 * 1024;
+constexpr int64_t kSums = 512 * 1024;
+constexpr int64_t kPanel = 512;
+#endif
+constexpr int64_t kWide = 2048;  // of few rows: memory likes long runs
 
 // ---- plan and activations --------------------------------------------------
 
@@ -27,29 +36,45 @@ Plan plan(const Product& a, int64_t threads) {
   const int64_t group = min_(a.group, a.k);
   const bool whole = a.groups == 1 || group % p.planes == 0;
   p.steps = ceil_div(ceil_div(group, p.planes) + !whole, 4);
-  // A stride of 4096 bytes would send all rows of a tile to one set of L1.
-  p.stride = round_up(a.groups * p.steps * p.planes, 16) + 16;
   p.ones = a.x_zero != nullptr;
-  p.rows = round_up(ceil_div(a.m, ceil_div(a.m, kRows)), kTile);
   p.direct = a.m + p.ones <= kDirect;
-  p.x_bytes = 4 * p.stride * (a.m + p.ones) + 64;
+  p.tiled = kMatrix && !p.direct;
+  p.words = round_up(p.steps * p.planes, p.tiled ? 16 : 1);
+  // A stride of 4096 bytes would send all rows of a tile to one set of L1.
+  p.stride = round_up(a.groups * p.words, 16) + 16;
+  p.rows = round_up(ceil_div(a.m, ceil_div(a.m, kRows)), kMany);
+  p.x_bytes = 4 * p.stride * (round_up(a.m, kMany) + p.ones) + 64;
   p.sum_bytes = 4 * a.groups * a.m;
   if (p.direct) {
     few_plan(a, threads, p);
     return p;
   }
   const int64_t fits = kSums / (8 * (p.rows + p.ones)) / kWidth * kWidth;
-  const int64_t most = p.rows <= 4 * kTile ? kWide : kPanel;
+  const int64_t most = p.rows <= 4 * kMany ? kWide : kPanel;
   const int64_t widest = max_(min_(most, fits), kWidth);
   const int64_t panels = round_up(ceil_div(a.n, widest), threads);
   p.panel = round_up(ceil_div(a.n, panels), kWidth);
-  p.block = min_(kStrip / (4 * kWidth * p.planes), kAhead / (4 * p.panel));
+  // On the matrix unit all strips of a task are decoded before they are used.
+  p.decoded = 4 * (p.tiled ? p.panel : kWidth) * p.planes;
+  p.block = kDecoded / p.decoded;
+  if (!p.tiled) p.block = min_(p.block, kAhead / (4 * p.panel));
   p.block = ceil_div(p.steps, ceil_div(p.steps, p.block));
-  const int64_t strips = p.panel / kWidth;
-  p.work_bytes = 4 * kWidth * p.block * p.planes +    // decoded strip
+  if (p.tiled) p.block = round_up(p.block, 16 / p.planes);
+  p.work_bytes = p.decoded * p.block +                // decoded strips
                  2 * kWidth * (4 * p.block + 16) +    // copied, unpacked
-                 4 * kWidth * strips * (2 * p.rows + p.ones) + 256;
+                 4 * p.panel * (2 * p.rows + p.ones) + 256;
   return p;
+}
+
+// Where a row of prepared activations begins, and byte i of it lies.
+uint8_t* prepared(const Plan& plan, int32_t* x, int64_t r) {
+  x += plan.ones * plan.stride;
+  return reinterpret_cast<uint8_t*>(
+      plan.tiled ? x + r / 16 * 16 * plan.stride + r % 16 * 16
+                 : x + r * plan.stride);
+}
+QL_INLINE int64_t place(const Plan& plan, int64_t i) {
+  return plan.tiled ? i / 64 * (4 * kTileWords) + i % 64 : i;
 }
 
 template <int P>
@@ -64,15 +89,16 @@ void prepare_row(const Product& a, const Plan& plan, const int8_t* x,
   for (int64_t g = 0; g < a.groups; ++g) {
     const Group group = group_at(a, plan, g);
     const int64_t size = 4 * P * plan.steps, count = group.k1 - group.k0;
-    uint8_t* const d = out + g * size;
-    if (count != size) memset(d, 0, size);
+    uint8_t* const d = out + place(plan, 4 * g * plan.words);
+    for (int64_t i = 0; count != size && i < size; i += 4)
+      memset(d + place(plan, i), 0, 4);
     const int64_t skip = group.k0 - P * group.row0;
     int64_t i = 0, sum = 0;
     __m128i total = _mm_setzero_si128();
     for (; !skip && i + 16 <= count; i += 16) {
       const __m128i v = _mm_loadu_si128(
           reinterpret_cast<const __m128i*>(x + group.k0 + i));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(d + i),
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(d + place(plan, i)),
                        _mm_shuffle_epi8(v, by));
       total = _mm_add_epi64(
           total, _mm_sad_epu8(_mm_xor_si128(v, top), _mm_setzero_si128()));
@@ -80,8 +106,8 @@ void prepare_row(const Product& a, const Plan& plan, const int8_t* x,
     sum = _mm_cvtsi128_si64(total) + _mm_extract_epi64(total, 1) - 128 * i;
     for (; i < count; ++i) {
       const int64_t t = i + skip;
-      d[t / (4 * P) * (4 * P) + t % P * 4 + t % (4 * P) / P] =
-          static_cast<uint8_t>(x[group.k0 + i]);
+      const int64_t at = t / (4 * P) * (4 * P) + t % P * 4 + t % (4 * P) / P;
+      d[place(plan, at)] = static_cast<uint8_t>(x[group.k0 + i]);
       sum += x[group.k0 + i];
     }
     if (!sums) continue;
@@ -98,14 +124,13 @@ void prepare(const Product& a, const Plan& plan, int64_t begin, int64_t end,
              : plan.planes == 2 ? prepare_row<2>
                                 : prepare_row<4>;
   for (int64_t r = begin; r < end; ++r) {
-    uint8_t* out = reinterpret_cast<uint8_t*>(x + (r + plan.ones) * plan.stride);
-    row(a, plan, a.x + r * a.k, out, sums + r * a.groups,
+    row(a, plan, a.x + r * a.k, prepared(plan, x, r), sums + r * a.groups,
         a.x_zero ? a.x_zero + r * a.x_zeros : nullptr);
   }
   if (!plan.ones || begin != 0) return;
   // The row of ones, which sums the weights: a one where there is a code.
   uint8_t* out = reinterpret_cast<uint8_t*>(x);
-  const int64_t size = 4 * plan.planes * plan.steps, P = plan.planes;
+  const int64_t size = 4 * plan.words, P = plan.planes;
   memset(out, 0, size * a.groups);
   for (int64_t g = 0; g < a.groups; ++g) {
     const Group group = group_at(a, plan, g);
@@ -121,7 +146,8 @@ void prepare(const Product& a, const Plan& plan, int64_t begin, int64_t end,
 // A block of steps within a group.
 struct Block {
   int64_t group;
-  const int32_t* x;
+  const int32_t *x, *tiles;  // of the first row, or of the first tile
+  int64_t rows;     // of bytes
   bool more, last;  // not the first, the last of its group
 };
 
@@ -133,9 +159,10 @@ struct Task {
   int64_t m0, m1, n0, n1;
   uint8_t *decoded, *copied, *unpacked;
   int32_t* sums;  // (strips where a group is several blocks, rows, kWidth)
-  float* y;       // (strips, rows, kWidth)
+  float* y;       // (strips, rows, kWidth); of one group, where its sums are
   uint8_t table[16];
   Ahead ahead;
+  Shapes shapes;
 
   int64_t rows() const { return m1 - m0; }
   int64_t ones() const { return plan.ones * kWidth; }
@@ -172,6 +199,8 @@ struct Task {
                                                : first_tile<4>;
     const int32_t* x = b.x + (plan.ones + m0) * plan.stride;
     int32_t* out = sums + ones();
+    // Else the sums of a tile end in y, which lies elsewhere.
+    const bool keeps = b.more || !b.last || a.groups == 1;
     const bool simple = is_simple(a);
     for (int64_t r = 0; r < rows(); r += kTile, x += kTile * plan.stride) {
       const int64_t many = min_(rows() - r, kTile);
@@ -195,29 +224,84 @@ struct Task {
       if (b.last)
         scale_onto(a, x_sums, b.group, by, m0 + r, m0 + r + many, b.group == 0,
                    sums, out, y + r * kWidth);
-      if (b.more || !b.last) out += kTile * kWidth;
+      if (keeps) out += kTile * kWidth;
     }
   }
 
+  // The same on the matrix unit, of what has been decoded.
+  void matrix(const Block& b, const Columns& by, int32_t* sums, float* y) {
+    const int64_t words = ceil_div(b.rows, 4) * plan.planes;
+    Ahead none;
+    if (plan.ones)
+      kTiles[0](decoded, words, b.x, plan.stride, sums, b.more, none);
+    const int32_t* x = b.tiles + m0 * plan.stride;
+    int32_t* out = sums + ones();
+    const bool keeps = b.more || !b.last || a.groups == 1;
+    for (int64_t r = 0; r < rows(); r += kMany, x += kMany * plan.stride) {
+      const int64_t many = min_(rows() - r, kMany);
+      matrix_tile(decoded, words, x, out, b.more, shapes);
+      if (b.last && is_simple(a)) {
+        const Onto to{x_sums + (m0 + r) * a.groups + b.group, a.groups,
+                      by.offset, a.zero ? by.zero : nullptr, by.scale,
+                      y + r * kWidth, b.group == 0};
+        if (a.zero)
+          matrix_onto<true>(out, many, to);
+        else
+          matrix_onto<false>(out, many, to);
+      } else if (b.last) {
+        scale_onto(a, x_sums, b.group, by, m0 + r, m0 + r + many, b.group == 0,
+                   sums, out, y + r * kWidth);
+      }
+      if (keeps) out += kMany * kWidth;
+    }
+  }
+
+  // Decodes all strips of a block, `apart` bytes from one to the next.
+  void decode_block(int64_t row, int64_t count, int64_t apart) {
+    const bool t = a.table != nullptr;
+    const DecodeStrips f = plan.planes == 1   ? decode_strips_of<1>(t)
+                           : plan.planes == 2 ? decode_strips_of<2>(t)
+                                              : decode_strips_of<4>(t);
+    // Narrow strips, and codes that straddle bytes, one by one.
+    const int64_t whole = plan.unpack ? 0 : (n1 - n0) / kWidth;
+    if (whole) f(codes(row, count, n0, kWidth), whole, decoded, apart);
+    for (int64_t i = whole, n; (n = n0 + i * kWidth) < n1; ++i)
+      f(codes(row, count, n, min_(kWidth, n1 - n)), 1, decoded + i * apart, 0);
+  }
+
   void run() {
-    const int64_t strip = kWidth * (rows() + plan.ones);
+    const int64_t all = round_up(rows(), kMany);
+    const int64_t strip = kWidth * (all + plan.ones);
     const bool apart = plan.steps > plan.block;
     for (int64_t g = 0; g < a.groups; ++g) {
       const Group group = group_at(a, plan, g);
       for (int64_t s = 0; 4 * s < group.rows; s += plan.block) {
         const int64_t row = group.row0 + 4 * s;
         const int64_t count = min_(4 * plan.block, group.rows - 4 * s);
-        const Block b{g, x + (g * plan.steps + s) * plan.planes, s > 0,
-                      4 * s + count == group.rows};
+        const int64_t word = g * plan.words + s * plan.planes;
+        const Block b{g, x + word,
+                      x + plan.ones * plan.stride + word / 16 * kTileWords,
+                      count, s > 0, 4 * s + count == group.rows};
         fetch_after(row + count);
+        uint8_t* const strips = decoded;
+        const int64_t bytes = 4 * kWidth * plan.block * plan.planes;
+        if (kMatrix) decode_block(row, count, bytes);
         for (int64_t n = n0, i = 0; n < n1; n += kWidth, ++i) {
           const int64_t columns = min_(kWidth, n1 - n);
           const Columns by = b.last ? columns_of(a, g, n, columns) : Columns{};
-          float* const to = y + i * kWidth * rows();
-          block(b, codes(row, count, n, columns), by,
-                sums + (apart ? i * strip : 0), to);
+          int32_t* const from = sums + (apart ? i * strip : 0);
+          float* const to = a.groups > 1
+                                ? y + i * kWidth * rows()
+                                : reinterpret_cast<float*>(from + ones());
+          if (kMatrix) {
+            decoded = strips + i * bytes;
+            matrix(b, by, from, to);
+          } else {
+            block(b, codes(row, count, n, columns), by, from, to);
+          }
           if (b.last && g == a.groups - 1) write(a, n, columns, m0, m1, to);
         }
+        decoded = strips;
       }
     }
   }
@@ -225,7 +309,7 @@ struct Task {
   // Lets the next block of codes be fetched while this one is multiplied.
   void fetch_after(int64_t row) {
     ahead = Ahead{};
-    if (plan.unpack) return;
+    if (plan.unpack || kMatrix) return;
     ahead.p = a.codes + row * a.n + n0;
     ahead.stride = a.n;
     ahead.lines = ahead.left = ceil_div(n1 - n0, 64);
@@ -236,13 +320,13 @@ struct Task {
 void task(const Product& a, const Plan& plan, const int32_t* x,
           const int32_t* x_sums, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
           void* work) {
-  Task t{a, plan, x, x_sums, m0, m1, n0, n1, 0, 0, 0, 0, 0, {}, {}};
+  Task t{a, plan, x, x_sums, m0, m1, n0, n1, 0, 0, 0, 0, 0, {}, {}, {}};
   uint8_t* p = static_cast<uint8_t*>(work);
   p += 63 & -reinterpret_cast<uintptr_t>(p);
   const int64_t copied = kWidth * (4 * plan.block + 16);
   const int64_t strips = plan.panel / kWidth;
   t.decoded = p;
-  t.copied = p += 4 * kWidth * plan.block * plan.planes;
+  t.copied = p += plan.decoded * plan.block;
   t.unpacked = p += copied;
   t.sums = reinterpret_cast<int32_t*>(p += copied);
   t.y = reinterpret_cast<float*>(
@@ -256,7 +340,9 @@ constexpr Kernels kKernels{plan,       prepare,    task,      few_task,
 
 }  // namespace
 
-#if defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__)
+const Kernels& amx_kernels() { return kKernels; }
+#elif defined(__AVX512VNNI__)
 const Kernels& avx512vnni_kernels() { return kKernels; }
 #elif defined(__AVXVNNI__)
 const Kernels& avxvnni_kernels() { return kKernels; }

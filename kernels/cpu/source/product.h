@@ -38,9 +38,12 @@ struct Plan {
   bool direct;  // few rows, decoded within the product: see few.h
   int64_t planes;
   int64_t steps;       // of one group, at most
+  int64_t words;       // of a group of prepared activations
   int64_t stride;      // words from one row of prepared activations to the next
   int64_t ones;        // rows before the first: one, of ones, with x_zero
+  bool tiled;          // prepared activations lie in tiles of 16 x 16 words
   int64_t block;       // steps decoded at a time
+  int64_t decoded;     // bytes of one of them
   int64_t panel;       // columns of one task
   int64_t rows;        // rows of x of one task
   int64_t x_bytes;     // of the prepared activations, (ones + m, stride)
@@ -113,5 +116,6 @@ struct Kernels {
 const Kernels& avx2_kernels();
 const Kernels& avxvnni_kernels();
 const Kernels& avx512vnni_kernels();
+const Kernels& amx_kernels();
 
 }  // namespace quantlab

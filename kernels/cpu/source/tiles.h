@@ -159,5 +159,11 @@ template <int P>
 Decode decode_of(bool table) {
   return table ? decode<P, true> : decode<P, false>;
 }
+
+using DecodeStrips = void (*)(Codes, int64_t, uint8_t*, int64_t);
+template <int P>
+DecodeStrips decode_strips_of(bool table) {
+  return table ? decode_strips<P, true> : decode_strips<P, false>;
+}
 }  // namespace
 }  // namespace quantlab

@@ -39,6 +39,11 @@ constexpr int kDirect = QL_ROWS;
 constexpr int kTile = 6;    // rows of a register tile: 24 of 32 registers
 constexpr int kDirect = 4;  // rows at most to decode within the product
 #endif
+#if defined(__AMX_INT8__)
+constexpr bool kMatrix = true;  // tiles of sixteen rows, see amx.h
+#else
+constexpr bool kMatrix = false;
+#endif
 using I = __m512i;
 using F = __m512;
 struct X {
@@ -127,6 +132,7 @@ QL_INLINE void from_lanes(I (&v)[4]) { to_lanes(v); }
 #else  // AVX2
 
 constexpr int kWidth = 32;
+constexpr bool kMatrix = false;
 using I = __m256i;
 using F = __m256;
 
