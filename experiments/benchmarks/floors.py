@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import timing
-from quantlab_kernels.cpu import build, library as cpu
+from quantlab_kernels.cpu import build
+from quantlab_kernels.cpu import library as cpu
 
 ROUNDS = 9
 

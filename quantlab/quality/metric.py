@@ -177,12 +177,23 @@ unlabelled = dataclasses.replace(
 
 
 def _counted(logits, labels, mask):
-  del logits, labels
+  del logits
+  if mask.shape != labels.shape:
+    raise ValueError(
+      f'The mask must have the shape of the labels; got {mask.shape=}, '
+      f'{labels.shape=}.'
+    )
+  # Of floats NaN would count, and a weight of one half as much as one.
+  if not jnp.issubdtype(mask.dtype, jnp.integer) and mask.dtype != bool:
+    raise TypeError(
+      'The mask says which positions count, in booleans or integers; got '
+      f'{mask.dtype}.'
+    )
   return mask.astype(bool)
 
 
 def _predict(logits, labels, mask) -> dict[str, jax.Array]:
-  counted = mask.astype(bool)
+  counted = _counted(logits, labels, mask)
   fit = _labels_fit(logits, labels) | ~counted
   loss = functions.cross_entropy(logits, labels)
   return {
@@ -204,7 +215,7 @@ def _predicted(stats: Sequence[Stats]) -> Summary:
 
 
 def _predict_contrast(reference, logits, labels, mask) -> dict[str, jax.Array]:
-  counted = mask.astype(bool)
+  counted = _counted(logits, labels, mask)
   change = functions.cross_entropy(logits, labels)
   change = change - functions.cross_entropy(reference, labels)
   return {
@@ -222,7 +233,8 @@ def _predict_conclude(stats: Sequence[Stats]) -> Summary:
   }
 
 
-# Targets: the next tokens (b, t) and the mask (b, t) of those that count.
+# Targets: the next tokens (b, t) and the mask (b, t) of those that count, of
+# booleans or integers.
 language_model = Metric(
   name='language_model',
   primary='perplexity',

@@ -14,7 +14,9 @@ from quantlab.recipe import Entry, Recipe, by_layer
 from quantlab.search import baselines, knapsack, milp, quadratic
 from quantlab.search.table import (
   Table,
+  check_count,
   check_name,
+  check_number,
   check_table,
   refuse_failed,
 )
@@ -39,7 +41,10 @@ class Allocation:
   budgets: Mapping[str, float]
 
   def __post_init__(self):
+    check_table('Allocation', self.table)
     self.table.check_choice(self.choice)
+    if not isinstance(self.budgets, Mapping):
+      raise TypeError(f'budgets are limits by name, got {self.budgets!r}')
     plain = tuple(int(k) for k in self.choice)  # JSON knows no NumPy numbers
     object.__setattr__(self, 'choice', plain)
 
@@ -104,7 +109,10 @@ class Allocation:
       'table': self.table.to_json(),
       'choice': list(self.choice),
       'method': self.method,
-      'budgets': dict(self.budgets),
+      # JSON has no infinity.
+      'budgets': {
+        k: v if math.isfinite(v) else None for k, v in self.budgets.items()
+      },
     }
 
   @classmethod
@@ -115,11 +123,14 @@ class Allocation:
       ValueError: it is no allocation.
     """
     try:
-      table, choice = data['table'], data['choice']
-      method, budgets = data['method'], dict(data['budgets'])
-    except (KeyError, TypeError) as error:
+      table, choice = data['table'], tuple(data['choice'])
+      method = data['method']
+      budgets = {
+        k: math.inf if v is None else v for k, v in data['budgets'].items()
+      }
+    except (KeyError, TypeError, AttributeError) as error:
       raise ValueError(f'this is no allocation: {error!r}') from error
-    return cls(Table.from_json(table), tuple(choice), method, budgets)
+    return cls(Table.from_json(table), choice, method, budgets)
 
   def __repr__(self) -> str:
     costs = ', '.join(f'{k} {v:,.6g}' for k, v in self.costs.items())
@@ -159,13 +170,19 @@ def allocate(
     raise ValueError('allocate needs a budget, such as {"bytes": 50_000}')
   for name in given:
     check_name('cost', name, table.costs)
-  budgets = {name: _number(name, limit) for name, limit in given.items()}
+  budgets = {
+    name: check_number(f'the budget of {name!r}', limit)
+    for name, limit in given.items()
+  }
   additive = 'dp' if len(budgets) == 1 else 'milp'
   if method is None:
     method = additive if table.interactions is None else 'quadratic'
   check_name('method', method, METHODS)
   if method not in ('quadratic', 'random'):
     refuse_interactions(f'method={method!r}', table)
+  check_count('seed', seed, 0)
+  if not isinstance(ties, Iterable) or isinstance(ties, str):
+    raise ValueError(f'ties are lists of names of rows, got {ties!r}')
   groups = list(ties)
   table = table.tied(groups) if groups else table
   limits = _limits(table, budgets)
@@ -189,18 +206,6 @@ def pareto(table: Table, cost: str = 'bytes') -> knapsack.Front:
   return dataclasses.replace(
     found, cost=found.cost + table.fixed.get(cost, 0.0)
   )
-
-
-def _number(name: str, limit: Any) -> float:
-  """A budget: any real number, a scalar array too."""
-  scalar = np.ndim(limit) == 0 and not isinstance(limit, bool | np.bool_ | str)
-  try:
-    found = float(limit) if scalar else math.nan
-  except TypeError:
-    found = math.nan
-  if math.isnan(found):
-    raise ValueError(f'the budget of {name!r} is a number, got {limit!r}')
-  return found
 
 
 def refuse_interactions(what: str, table: Table) -> None:

@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from quantlab.search.table import Table, check_name, check_table, refuse_failed
+from quantlab.search.table import (
+  Table,
+  check_name,
+  check_number,
+  check_table,
+  refuse_failed,
+)
 
 Choice = tuple[int, ...]
 
@@ -55,11 +61,13 @@ def bisect(
 
   Raises:
     ValueError: an unknown cost; rows of different numbers of options; one all
-      of whose options failed; not even the dearest options reach the target.
+      of whose options failed; a target that is no number, or that not even
+      the dearest options reach.
     TypeError: no table.
   """
   check_table('bisect', table)
   check_name('cost', cost, table.costs)
+  target = check_number('the target', target)
   if len({len(r.options) for r in table.rows} - {1}) > 1:
     raise ValueError(
       'bisect lowers rows level by level, and needs the same number of options '

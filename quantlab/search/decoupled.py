@@ -10,7 +10,12 @@ import numpy as np
 
 from quantlab.search.allocate import Allocation, pareto, refuse_interactions
 from quantlab.search.measured import least
-from quantlab.search.table import Table
+from quantlab.search.table import (
+  Table,
+  check_name,
+  check_number,
+  check_table,
+)
 
 Choice = tuple[int, ...]
 RATIOS = tuple(
@@ -58,10 +63,14 @@ def decoupled(
   whole = joined(groups)
   for table in groups:
     refuse_interactions('decoupled', table)
-  if len(start) != 2:
+  check_name('cost', cost, whole.costs)
+  if not isinstance(start, Sequence) or len(start) != 2:
     raise ValueError(f'decoupled needs a start for each group, got {start!r}')
+  if np.ndim(ratios) != 1:
+    raise ValueError(f'ratios are several numbers, got {ratios!r}')
+  ratios = [check_number('a ratio', r) for r in ratios]
   if not all(0 < r < math.inf for r in ratios):
-    raise ValueError(f'ratios are positive numbers, got {tuple(ratios)}')
+    raise ValueError(f'ratios are positive numbers, got {ratios}')
   # Of the rows alone: what is not decided is no part of what is divided.
   groups = [dataclasses.replace(t, fixed={}) for t in groups]
   base = [t.cost(c, cost) for t, c in zip(groups, start, strict=True)]
@@ -80,11 +89,16 @@ def decoupled(
 
 def joined(groups: Sequence[Table]) -> Table:
   """One table of the rows of two; its values have no common unit."""
-  if len(groups) != 2:
-    raise ValueError(
-      f'a budget is divided between two groups, got {len(groups)}'
-    )
+  if not isinstance(groups, Sequence) or len(groups) != 2:
+    found = len(groups) if isinstance(groups, Sequence) else repr(groups)
+    raise ValueError(f'a budget is divided between two groups, got {found}')
+  for table in groups:
+    check_table('joined', table)
   first, second = groups
+  if missing := set(first.costs) - set(second.costs):
+    raise ValueError(
+      f'the second table lacks costs of the first: {sorted(missing)}'
+    )
   both = {r.name for r in first.rows} & {r.name for r in second.rows}
   if both:
     raise ValueError(f'the groups have rows in common: {sorted(both)}')

@@ -127,6 +127,11 @@ def conclude(
   if name == 'sqnr':
     found = estimate.decibel(counts, sums)
     return (-found.value, found.stderr) if sums.any() else (SILENT, 0.0)
+  if not counts.sum() > 0:
+    raise ValueError(
+      f'nothing was counted for {name!r}: its masks are all zero, or the '
+      'outputs of the float model are'
+    )
   found = estimate.ratio(sums, counts)
   return found.value, found.stderr
 

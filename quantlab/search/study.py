@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 
 from quantlab import runtime
 from quantlab.search import samplers
-from quantlab.search.table import Table, check_name, check_table, is_whole
+from quantlab.search.table import Table, check_count, check_name, check_table
 
 Choice = tuple[int, ...]
 SAMPLERS = ('nsga2', 'predicted', 'random')
@@ -78,10 +78,15 @@ class Study:
       objectives = (objectives,)
     _check_storage(storage)
     _check_names(name, objectives, worker)
-    _check_count('first', first, 0)
-    _check_count('seed', seed, 0)
-    for each in known or ():
+    check_count('first', first, 0)
+    check_count('seed', seed, 0)
+    for each, f in (known or {}).items():
       check_name('objective in known=', each, objectives)
+      if not callable(f):
+        raise TypeError(
+          f'known= has a function of a choice for each name, got {f!r} for '
+          f'{each!r}'
+        )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     self.table, self.objectives = table, tuple(objectives)
     self.sizes = {r.name: len(r.options) for r in table.rows}
@@ -146,7 +151,7 @@ class Study:
       raise TypeError(
         f'measure must be a function choice -> numbers, got {measure!r}'
       )
-    _check_count('trials', trials, 1)
+    check_count('trials', trials, 1)
     for choice in starts:
       self.table.check_choice(choice)
     for choice in starts:
@@ -334,14 +339,6 @@ def _check_names(name: Any, objectives: Sequence[Any], worker: Any) -> None:
     raise ValueError(
       f'worker={worker!r} names a file: expected letters, digits and "_.+-", '
       f'and not {_GUARD!r}; such as "worker_0"'
-    )
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-  if not (is_whole(value) and least <= value < 2**31):
-    raise ValueError(
-      f'{name}={value!r}: expected a whole number, at least {least} and below '
-      '2^31'
     )
 
 

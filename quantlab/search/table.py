@@ -440,6 +440,35 @@ def is_whole(x: Any) -> bool:
   return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+  """Refuses what is not a whole number from `least` on, below 2^31.
+
+  Raises:
+    ValueError: says what was found.
+  """
+  if not (is_whole(value) and least <= value < 2**31):
+    raise ValueError(
+      f'{name}={value!r}: expected a whole number, at least {least} and below '
+      '2^31'
+    )
+
+
+def check_number(what: str, x: Any) -> float:
+  """Any real number, of Python, NumPy or JAX, as a float.
+
+  Raises:
+    ValueError: it is none, or NaN; says what it is the number of.
+  """
+  scalar = np.ndim(x) == 0 and not isinstance(x, bool | np.bool_ | str)
+  try:
+    found = float(x) if scalar else math.nan
+  except TypeError:
+    found = math.nan
+  if math.isnan(found):
+    raise ValueError(f'{what} is a number, got {x!r}')
+  return found
+
+
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:
   """The name, if it is known."""
   if name not in known:
