@@ -3,6 +3,7 @@
 import ctypes
 import os
 import pathlib
+import re
 import subprocess
 import tempfile
 from typing import Any
@@ -55,10 +56,18 @@ class Memory:
       'int8_operations_per_second': max(dots),
       'read': timing.spread(read),
       'int8': timing.spread(dots),
+      'processor': _processor(),
       'instructions': cpu.isas()[0],
       'rotated': self._data.nbytes,
       'threads': _threads(),
     }
+
+
+def _processor() -> str:
+  found = re.search(
+    r'^model name\s*: (.*)$', pathlib.Path('/proc/cpuinfo').read_text(), re.M
+  )
+  return found[1] if found else ''
 
 
 def _threads() -> int:

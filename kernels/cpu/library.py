@@ -3,7 +3,8 @@
 Environment: QUANTLAB_CPU_FFI, `auto` (the xla backend serves where the kernels
 cannot be built, after one warning), `0` (never), `require` (an error where
 they cannot be built); QUANTLAB_CPU_ISA, the instruction set to use, one of
-`amx`, `avx512vnni`, `avxvnni`, `avx2`, or `none`.
+`amx`, `avx512vnni`, `avxvnni`, `avx2`, or `none`; QUANTLAB_LARGE_PAGES=0, to
+leave weights in the pages they are in.
 """
 
 import ctypes

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "pages.h"
 #include "parallel.h"
 #include "product.h"
 
@@ -14,6 +15,7 @@ constexpr int64_t kAlone = 256 * 1024;
 template <typename Pool>
 void multiply(const Kernels& kernels, Product a, Pool& pool, int64_t threads) {
   if (a.code_rows * a.n * (a.m < 8 ? 8 : a.m) < 8 * kAlone) threads = 1;
+  use_large_pages(a.codes, a.code_rows * a.n);
   const Plan plan = kernels.plan(a, threads);
   auto* x = static_cast<int32_t*>(scratch(0, plan.x_bytes));
   auto* sums = static_cast<int32_t*>(scratch(1, plan.sum_bytes));
@@ -49,6 +51,7 @@ template <typename Pool>
 void multiply_floats(const Kernels& kernels, const FloatProduct& a, Pool& pool,
                      int64_t threads) {
   if (a.k * a.n * (a.m < 8 ? 8 : a.m) < 8 * kAlone) threads = 1;
+  use_large_pages(a.codes, a.code_rows * a.n);
   const FloatPlan plan = kernels.float_plan(a, threads);
   // Zeros follow each row: the last byte may hold more codes than there are.
   auto* x = static_cast<float*>(scratch(0, plan.x_bytes));

@@ -1,0 +1,68 @@
+"""Weights that are used again and again move into large pages."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures('cpu_kernels')
+
+# Prints KB of large pages that hold the weight, after each of six products,
+# and whether all products are the same.
+PROGRAM = """
+import os
+import re
+import jax, jax.numpy as jnp, numpy as np
+import quantlab_kernels as qk
+
+rng = np.random.default_rng(0)
+w = jnp.copy(rng.integers(-128, 128, (4096, 2048), np.int8))
+x = jnp.asarray(rng.integers(-128, 128, (2, 4096), np.int8))
+at = w.unsafe_buffer_pointer()
+
+def large():
+  inside = False
+  total = 0
+  for line in open('/proc/self/smaps'):
+    found = re.match('([0-9a-f]+)-([0-9a-f]+) ', line)
+    if found:
+      first, last = (int(f, 16) for f in found.groups())
+      inside = first < at + w.nbytes and at < last
+    elif inside and line.startswith('AnonHugePages'):
+      total += int(line.split()[1])
+  return total
+
+found = []
+for _ in range(6):
+  y = qk.int8_matmul(x, w, out_dtype=jnp.int32).block_until_ready()
+  found.append((large(), int(np.abs(np.asarray(y, np.int64)).sum())))
+want = np.abs(np.asarray(x, np.int64) @ np.asarray(w, np.int64)).sum()
+assert all(total == want for _, total in found)
+print(*(n for n, _ in found))
+"""
+
+
+def _large_pages(setting: str) -> list[int]:
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM],
+    env={**os.environ, 'QUANTLAB_LARGE_PAGES': setting},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return [int(n) for n in re.findall(r'\d+', done.stdout)]
+
+
+def test_a_weight_that_stays_moves_once():
+  before, after = (lambda f: (f[:3], f[3:]))(_large_pages('1'))
+  if not after[0] > before[0]:
+    pytest.skip(f'the system gives no large pages here: {before + after}')
+  assert before == before[:1] * 3
+  assert after == after[:1] * 3
+  assert after[0] - before[0] >= 2048 * 2  # most of 8 MB
+
+
+def test_memory_is_left_alone_where_told():
+  assert len(set(_large_pages('0'))) == 1
