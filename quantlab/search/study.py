@@ -120,7 +120,7 @@ class Study:
     if found not in (None, self._fingerprint()):
       raise ValueError(
         f'the study {name!r} in {shown!r} is of another space: its rows, '
-        'options, model or objectives are not these. Give another name, or '
+        'options, costs, model or objectives are not these. Give another name, or '
         'the table that it was begun with'
       )
     self._lock = self._sign()
@@ -276,10 +276,11 @@ class Study:
     return tuple(trial.params[n] for n in self.sizes)
 
   def _fingerprint(self) -> str:
-    rows = [[r.name, list(r.options)] for r in self.table.rows]
+    table = self.table.to_json()
     return runtime.fingerprint(
       {
-        'rows': rows,
+        'rows': table['rows'],
+        'costs': table['costs'],
         'model': self.table.model,
         'objectives': list(self.objectives),
       }

@@ -1,5 +1,6 @@
 """Studies: workers that are killed, designs, predictors, what is refused."""
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -142,6 +143,9 @@ def test_what_cannot_be_is_said(tmp_path):
     study.Study(table(model='abc'), path)
   with pytest.raises(ValueError, match='is of another space'):
     study.Study(table(rows=5), path)
+  dearer = {k: tuple(c * 2 for c in cs) for k, cs in TABLE.costs.items()}
+  with pytest.raises(ValueError, match='is of another space'):
+    study.Study(dataclasses.replace(TABLE, costs=dearer), path)
   with pytest.raises(ValueError, match='is of another space'):
     study.Study(TABLE, path, ('loss', 'bytes'))
   study.Study(TABLE, path, ('loss', 'bytes'), name='two')
