@@ -120,8 +120,8 @@ class Study:
     if found not in (None, self._fingerprint()):
       raise ValueError(
         f'the study {name!r} in {shown!r} is of another space: its rows, '
-        'options, costs, model or objectives are not these. Give another name, or '
-        'the table that it was begun with'
+        'options, costs, model or objectives are not these. Give another name, '
+        'or the table that it was begun with'
       )
     self._lock = self._sign()
 
