@@ -136,6 +136,10 @@ def _population(config, program, batch) -> dict[str, Any]:
   def mapped(params, states, x):
     return jax.lax.map(lambda state: one(params, state, x), states)
 
+  @jax.jit
+  def together(params, states, x):
+    return jax.vmap(lambda state: one(params, state, x))(states)
+
   each = jax.jit(one)
 
   def sequential(_):
@@ -149,6 +153,11 @@ def _population(config, program, batch) -> dict[str, Any]:
     'sequential': {'all': sequential},
     'measure': {'all': lambda _: measure(plans)},
     'lax_map': {'all': at_once},
+    'vmap': {
+      'all': lambda _: jax.block_until_ready(
+        together(program.params, stacked, images)
+      )
+    },
   }
   return timing.case(
     timing.interleaved(contestants, config.rounds.population),

@@ -11,18 +11,25 @@ import pytest
 
 import quantlab as ql
 from configs.search import (
+  adaquant_ip,
   digits,
+  hawq_v1,
+  hawq_v2,
   hawq_v3,
+  lrp_qvit,
   minilm,
+  mixdq,
   quantune,
   resnet8,
   resnet20,
   stories,
+  zeroq,
 )
 from experiments import (
   allocated,
   refine,
   search,
+  search_configs,
   sensitivity,
   settings,
   spaces,
@@ -48,6 +55,19 @@ def _trained_once():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(networks, 'train_digits', once)
     yield
+
+
+METHODS = (adaquant_ip, hawq_v1, hawq_v2, lrp_qvit, mixdq, zeroq)
+
+
+@pytest.mark.parametrize('method', METHODS, ids=lambda m: m.__name__)
+def test_methods_of_papers_are_configs(method):
+  """Of known fields, and they differ from the one that they are made of."""
+  config = method.get_config()
+  search_configs.check(config)
+  assert config.metrics != digits.get_config().metrics
+  for metric, _ in config.allocations:
+    assert metric.split('.')[0] in config.metrics
 
 
 def small():

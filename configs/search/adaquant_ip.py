@@ -1,0 +1,20 @@
+r"""Mixed precision of CIFAR-10 ResNet-20 by an integer program (AdaQuant).
+
+  QUANTLAB_DATA=... python -m experiments.search \
+    --config=configs/search/adaquant_ip.py --workdir=runs/search_adaquant_ip
+
+The change of the loss from each site alone at each option, and the integer
+program over their sum (arXiv 2006.10518, section 4).
+"""
+
+from configs.search import resnet20
+
+
+def get_config():
+  config = resnet20.get_config()
+  config.metrics = ('loss',)
+  config.interactions = ()
+  config.around = ()
+  config.allocations = (('loss', 'milp'), ('loss', 'random'))
+  config.measured = ()
+  return config
