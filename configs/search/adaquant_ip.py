@@ -7,14 +7,8 @@ The change of the loss from each site alone at each option, and the integer
 program over their sum (arXiv 2006.10518, section 4).
 """
 
-from configs.search import resnet20
+from configs.search import common, resnet20
 
 
 def get_config():
-  config = resnet20.get_config()
-  config.metrics = ('loss',)
-  config.interactions = ()
-  config.around = ()
-  config.allocations = (('loss', 'milp'), ('loss', 'random'))
-  config.measured = ()
-  return config
+  return common.by(resnet20.get_config(), 'loss', 'milp')

@@ -95,3 +95,13 @@ def base(model: str) -> ml_collections.ConfigDict:
   config.seeds = 5  # of calibration sets, where an encoder reads them
   config.show = ('accuracy', 'cross_entropy', 'kl_mean')
   return config
+
+
+def by(config, metric, method) -> ml_collections.ConfigDict:
+  """A search by one metric and one method, beside random choices."""
+  config.metrics = (metric,)
+  config.interactions = ()
+  config.around = ()
+  config.allocations = ((metric, method), (metric, 'random'))
+  config.measured = ()
+  return config

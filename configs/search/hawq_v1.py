@@ -8,14 +8,8 @@ squared error of its weight, and lowered greedily (arXiv 1905.03696, which
 sets bits by hand in the order of eigenvalues over sizes).
 """
 
-from configs.search import resnet20
+from configs.search import common, resnet20
 
 
 def get_config():
-  config = resnet20.get_config()
-  config.metrics = ('eigenvalue',)
-  config.interactions = ()
-  config.around = ()
-  config.allocations = (('eigenvalue', 'greedy'), ('eigenvalue', 'random'))
-  config.measured = ()
-  return config
+  return common.by(resnet20.get_config(), 'eigenvalue', 'greedy')

@@ -8,14 +8,8 @@ its standard error, times the squared error of its weight; the exact choice
 within a budget, a point of the paper's Pareto front (arXiv 1911.03852).
 """
 
-from configs.search import resnet20
+from configs.search import common, resnet20
 
 
 def get_config():
-  config = resnet20.get_config()
-  config.metrics = ('trace',)
-  config.interactions = ()
-  config.around = ()
-  config.allocations = (('trace', 'dp'), ('trace', 'random'))
-  config.measured = ()
-  return config
+  return common.by(resnet20.get_config(), 'trace', 'dp')

@@ -8,14 +8,8 @@ The paper's objective, the sum of relevance times bits, maximal within a budget
 sites get 2 or 8. `lrp` in its place is the noise that relevance falls on.
 """
 
-from configs.search import minilm
+from configs.search import common, minilm
 
 
 def get_config():
-  config = minilm.get_config()
-  config.metrics = ('lrp_bits',)
-  config.interactions = ()
-  config.around = ()
-  config.allocations = (('lrp_bits', 'dp'), ('lrp_bits', 'random'))
-  config.measured = ()
-  return config
+  return common.by(minilm.get_config(), 'lrp_bits', 'dp')

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.usefixtures('cpu_kernels')
 # Prints KB of large pages that hold the weight, after each of six products,
 # and whether all products are the same.
 PROGRAM = """
-import os
 import re
 import jax, jax.numpy as jnp, numpy as np
 import quantlab_kernels as qk
@@ -58,9 +57,10 @@ def _large_pages(setting: str) -> list[int]:
 
 
 def test_a_weight_that_stays_moves_once():
-  before, after = (lambda f: (f[:3], f[3:]))(_large_pages('1'))
+  found = _large_pages('1')
+  before, after = found[:3], found[3:]
   if not after[0] > before[0]:
-    pytest.skip(f'the system gives no large pages here: {before + after}')
+    pytest.skip(f'the system gives no large pages here: {found}')
   assert before == before[:1] * 3
   assert after == after[:1] * 3
   assert after[0] - before[0] >= 2048 * 2  # most of 8 MB

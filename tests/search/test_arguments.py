@@ -94,6 +94,9 @@ def test_what_is_divided_between_groups():
   for ratio in (None, 'x', math.nan):
     with pytest.raises(ValueError, match='a ratio is a number, got'):
       search.decoupled(GROUPS, START, sum, ratios=[1.0, ratio])
+  for ratio in (0, -1.0, math.inf):
+    with pytest.raises(ValueError, match='ratios are positive'):
+      search.decoupled(GROUPS, START, sum, ratios=[1.0, ratio])
 
 
 def test_what_is_known_of_a_study(tmp_path):

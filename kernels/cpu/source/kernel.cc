@@ -228,18 +228,18 @@ struct Task {
     }
   }
 
-  // The same on the matrix unit, of what has been decoded.
-  void matrix(const Block& b, const Columns& by, int32_t* sums, float* y) {
+  // The same on the matrix unit, of a strip that has been decoded.
+  void matrix(const Block& b, const uint8_t* w, const Columns& by,
+              int32_t* sums, float* y) {
     const int64_t words = ceil_div(b.rows, 4) * plan.planes;
     Ahead none;
-    if (plan.ones)
-      kTiles[0](decoded, words, b.x, plan.stride, sums, b.more, none);
+    if (plan.ones) kTiles[0](w, words, b.x, plan.stride, sums, b.more, none);
     const int32_t* x = b.tiles + m0 * plan.stride;
     int32_t* out = sums + ones();
     const bool keeps = b.more || !b.last || a.groups == 1;
     for (int64_t r = 0; r < rows(); r += kMany, x += kMany * plan.stride) {
       const int64_t many = min_(rows() - r, kMany);
-      matrix_tile(decoded, words, x, out, b.more, shapes);
+      matrix_tile(w, words, x, out, b.more, shapes);
       if (b.last && is_simple(a)) {
         const Onto to{x_sums + (m0 + r) * a.groups + b.group, a.groups,
                       by.offset, a.zero ? by.zero : nullptr, by.scale,
@@ -283,7 +283,6 @@ struct Task {
                       x + plan.ones * plan.stride + word / 16 * kTileWords,
                       count, s > 0, 4 * s + count == group.rows};
         fetch_after(row + count);
-        uint8_t* const strips = decoded;
         const int64_t bytes = 4 * kWidth * plan.block * plan.planes;
         if (kMatrix) decode_block(row, count, bytes);
         for (int64_t n = n0, i = 0; n < n1; n += kWidth, ++i) {
@@ -293,15 +292,12 @@ struct Task {
           float* const to = a.groups > 1
                                 ? y + i * kWidth * rows()
                                 : reinterpret_cast<float*>(from + ones());
-          if (kMatrix) {
-            decoded = strips + i * bytes;
-            matrix(b, by, from, to);
-          } else {
+          if (kMatrix)
+            matrix(b, decoded + i * bytes, by, from, to);
+          else
             block(b, codes(row, count, n, columns), by, from, to);
-          }
           if (b.last && g == a.groups - 1) write(a, n, columns, m0, m1, to);
         }
-        decoded = strips;
       }
     }
   }
