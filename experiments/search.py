@@ -8,7 +8,9 @@ finds an allocation, quantizes the model by it with each encoder and
 calibration seed, and judges it on batches that no table has seen. A config
 that carries a table (hawq_v3) is solved only. The workdir gets config.json,
 manifest.json, tables.json, plan.json (by name; `ql.Plan.from_json` reads one,
-`ql.ptq` takes it), metrics.json and report.html. The same command resumes.
+`ql.ptq` takes it), metrics.json, agreement.json (Spearman of what each table
+predicts of all these plans with what was measured of them) and report.html. The
+same command resumes.
 """
 
 from typing import Any
@@ -18,6 +20,7 @@ from absl import app, flags, logging
 
 import quantlab as ql
 from experiments import (
+  agreement,
   allocated,
   command_line,
   decoupled,
@@ -80,7 +83,14 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     allocated.judge(folder, config, work, found)
     rows = _rows(config, folder, found)
     report.print_rows(rows)
-    folder.write_text('report.html', _page(config, tables, found, rows))
+    ranks = agreement.rows(config, tables, found, folder.metrics.values)
+    folder.write_json('agreement.json', ranks)
+    report.print_rows([r for r in ranks if r['budget'] == 'all'])
+    sections = {
+      'Allocations': rows,
+      'Rank correlation of predicted and measured': ranks,
+    }
+    folder.write_text('report.html', _page(config, tables, found, sections))
     return dict(folder.metrics.values)
 
 
@@ -158,7 +168,7 @@ def _map(rows, chosen) -> plots.Figure:
   return figure
 
 
-def _page(config, tables, found, rows) -> str:
+def _page(config, tables, found, sections) -> str:
   figures = {}
   for metric, table in tables.items():
     if '@' in metric:  # its values begin elsewhere
@@ -177,7 +187,7 @@ def _page(config, tables, found, rows) -> str:
   chosen = {n: [*a.options.values()] for n, a in found.items()}
   figures['Options'] = _map(names, chosen)
   return report.render_search(
-    f'Mixed precision of {config.model}', {'Allocations': rows}, figures
+    f'Mixed precision of {config.model}', sections, figures
   )
 
 

@@ -8,9 +8,9 @@ on the others the true change of loss of quantizing one site. Prints Spearman's
 rank correlation of every metric with that truth (bootstrap intervals over sites
 and options); and how much of the loss of `random_plans` random plans, measured
 on the batches of the tables, sums of their entries explain, alone and with
-interactions. The workdir gets config.json, manifest.json, tables.json,
-truth.json, sensitivity.json and sensitivity.html; `experiments.search` may have
-the same one, and then measures no table again.
+interactions (bootstrap intervals over plans). The workdir gets config.json,
+manifest.json, tables.json, truth.json, sensitivity.json and sensitivity.html;
+`experiments.search` may have the same one, and then measures no table again.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments import command_line, fields, search_configs, spaces
-from quantlab import models, quality, report, runtime, search
+from quantlab import models, report, runtime, search
 from quantlab.quality import estimate, functions
 from quantlab.report import plots, search_plots
 from quantlab.search import objectives
@@ -59,7 +59,12 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     }
     folder.write_json('sensitivity.json', metrics)
     report.print_rows(rows)
-    report.print_rows(explained)
+    report.print_rows(
+      [
+        {k: v for k, v in r.items() if not k.endswith(('low', 'high'))}
+        for r in explained
+      ]
+    )
     page = report.render_search(
       f'Sensitivity of {config.model}',
       {
@@ -179,7 +184,8 @@ def _explained(tables, truth) -> list[dict[str, Any]]:
         predicted = np.array([whole.predict(p) for p in plans])
         fit = _fit(predicted[use], true[use])
         if name not in (*measured, 'fisher', 'hessian'):
-          del fit['R2']  # of another unit
+          # Of another unit, only the order can be compared.
+          fit = {k: v for k, v in fit.items() if not k.startswith('R2')}
         head = {'plans': kind, 'table': name, 'interactions': terms}
         rows.append(head | fit)
   return rows
@@ -195,13 +201,28 @@ def _cross_terms(name, tables):
 
 
 def _fit(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+  """How well a prediction fits, with bootstrap intervals over the plans."""
+  found = {}
+  for name, statistic in (
+    ('R2', _explained_variance),
+    ('r squared', lambda p, t: _pearson(p, t) ** 2),
+    ('Spearman', functions.spearman),
+  ):
+    fit = estimate.bootstrap(statistic, predicted, true)
+    found |= {name: fit.value, f'{name} low': fit.low, f'{name} high': fit.high}
+  return found
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+  a, b = a - a.mean(), b - b.mean()
+  norms = np.sqrt((a * a).sum() * (b * b).sum())
+  return float((a * b).sum() / norms) if norms > 0 else float('nan')
+
+
+def _explained_variance(predicted: np.ndarray, true: np.ndarray) -> float:
   spread = np.square(true - true.mean()).sum()
-  correlation = np.corrcoef(predicted, true)[0, 1]
-  return {
-    'R2': float(1 - np.square(true - predicted).sum() / spread),
-    'r squared': float(correlation**2),
-    'Spearman': quality.spearman(predicted, true),
-  }
+  left = np.square(true - predicted).sum()
+  return float(1 - left / spread) if spread > 0 else float('nan')
 
 
 def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:

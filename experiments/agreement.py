@@ -1,0 +1,82 @@
+"""Whether tables rank the plans of a search as measurements do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments import allocated
+from quantlab import search
+from quantlab.quality import estimate, functions
+
+
+def rows(
+  config: Any,
+  tables: Mapping[str, search.Table],
+  found: Mapping[str, search.Allocation],
+  values: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+  """Spearman of predicted and measured numbers over the plans of a search.
+
+  Every table predicts every plan that any of them chose, the uniform and the
+  random ones too, each once: of one budget, and of all. Intervals are of a
+  bootstrap over plans; the plans of a search are alike, and few, so that these
+  are wide.
+
+  Args:
+    config: of the search.
+    tables: by metric. One around a budget's option predicts no other plans,
+      and is left out.
+    found: allocations by name.
+    values: what was measured of them, means over calibration seeds are taken.
+  """
+  out = []
+  for encoder in config.encoders:
+    labels = [
+      n for n in allocated.labels(config) if n.startswith(f'{encoder}/')
+    ]
+    for budget in ('all', *config.budgets):
+      plans = {
+        made.choice: name
+        for name, made in found.items()
+        if budget in ('all', name.split('/')[0])
+      }
+      if len(plans) < 4:
+        continue
+      for key in config.show:
+        measured = np.array(
+          [
+            np.mean([values[f'q/{name}/{n}/{key}'] for n in labels])
+            for name in plans.values()
+          ]
+        )
+        for name, kind, table in _predictors(tables, encoder):
+          predicted = np.array([table.predict(c) for c in plans])
+          use = np.isfinite(predicted) & np.isfinite(measured)
+          rank = estimate.bootstrap(
+            functions.spearman, predicted[use], measured[use]
+          )
+          out.append(
+            {
+              'table': name,
+              'interactions': kind,
+              'encoder': encoder,
+              'budget': budget,
+              'number': key,
+              'spearman': rank.value,
+              'low': rank.low,
+              'high': rank.high,
+              'plans': int(use.sum()),
+            }
+          )
+  return out
+
+
+def _predictors(tables, encoder):
+  """Those of rounded weights, and of what the encoder makes of them."""
+  for name, table in tables.items():
+    if '@' in name or name.partition('.')[2] not in ('', encoder):
+      continue
+    yield name, 'none', search.additive(table)
+    if table.interactions is not None:
+      yield name, 'own', table
