@@ -9,6 +9,9 @@ from experiments import allocated
 from quantlab import search
 from quantlab.quality import estimate, functions
 
+# More of these is better; the others are losses.
+_RISING = ('accuracy', 'spearman')
+
 
 def rows(
   config: Any,
@@ -16,7 +19,7 @@ def rows(
   found: Mapping[str, search.Allocation],
   values: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-  """Spearman of predicted and measured numbers over the plans of a search.
+  """Spearman of predicted and measured losses over the plans of a search.
 
   Every table predicts every plan that any of them chose, the uniform and the
   random ones too, each once: of one budget, and of all. Intervals are of a
@@ -43,7 +46,7 @@ def rows(
       }
       if len(plans) < 4:
         continue
-      for key in config.show:
+      for key in [k for k in config.show if k not in _RISING]:
         measured = np.array(
           [
             np.mean([values[f'q/{name}/{n}/{key}'] for n in labels])
@@ -62,7 +65,7 @@ def rows(
               'interactions': kind,
               'encoder': encoder,
               'budget': budget,
-              'number': key,
+              'loss': key,
               'spearman': rank.value,
               'low': rank.low,
               'high': rank.high,
@@ -70,6 +73,17 @@ def rows(
             }
           )
   return out
+
+
+def summary(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """One row for each table, of the plans of all budgets, without intervals."""
+  out: dict[tuple[str, str], dict[str, Any]] = {}
+  for r in ranks:
+    if r['budget'] == 'all':
+      head = {'table': r['table'], 'interactions': r['interactions']}
+      row = out.setdefault((*head.values(),), head)
+      row[f'{r["encoder"]} {r["loss"]}'] = r['spearman']
+  return list(out.values())
 
 
 def _predictors(tables, encoder):

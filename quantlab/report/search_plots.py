@@ -5,13 +5,25 @@ Every function draws on the Axes it is given, as those of `report.plots`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from quantlab.report import plots
 from quantlab.report.plots import Axes
+
+# What is in brackets, which may hold others.
+_ARGUMENTS = re.compile(r'\((?:[^()]|\([^()]*\))*\)')
+
+
+def short(names: Iterable[str]) -> dict[str, str]:
+  """Names without what is in brackets, where the rest tells them apart."""
+  names = list(dict.fromkeys(names))
+  bare = [_ARGUMENTS.sub('', n) for n in names]
+  shown = bare if len(set(bare)) == len(bare) else names
+  return dict(zip(names, shown, strict=True))
 
 
 def sensitivity_bars(ax: Axes, table: Any) -> Axes:
@@ -25,7 +37,7 @@ def sensitivity_bars(ax: Axes, table: Any) -> Axes:
   Returns:
     ax.
   """
-  names = list(dict.fromkeys(o for r in table.rows for o in r.options))
+  names = short(o for r in table.rows for o in r.options)
   height = 0.8 / len(names)
   values = np.concatenate(table.values)
   positive = bool((values[np.isfinite(values)] > 0).any())
@@ -50,7 +62,7 @@ def sensitivity_bars(ax: Axes, table: Any) -> Axes:
       xerr=error,
       color=plots._CYCLE[j % len(plots._CYCLE)],
       error_kw={'lw': 0.7, 'capsize': 1.5},
-      label=plots.literal(name),
+      label=plots.literal(names[name]),
     )
   plots._site_axis(ax, [r.name for r in table.rows])
   if log:
@@ -84,6 +96,7 @@ def front(
     ax.
   """
   ax.step(costs, values, where='post', color=plots.GREY, lw=1.0, zorder=1)
+  names = short(points)
   for i, (name, (x, y)) in enumerate(points.items()):
     ax.scatter(
       [x],
@@ -91,7 +104,7 @@ def front(
       s=28,
       color=plots._CYCLE[i % len(plots._CYCLE)],
       marker=plots._MARKERS[i // len(plots._CYCLE) % len(plots._MARKERS)],
-      label=plots.literal(name),
+      label=plots.literal(names[name]),
       zorder=3,
     )
   top = max([*values, *(y for _, y in points.values())])
@@ -125,17 +138,23 @@ def bit_map(
     [[known.index(c[i]) for c in choices.values()] for i in range(len(rows))]
   )
   ax.imshow(image, aspect='auto', cmap='viridis', vmin=0, vmax=len(known))
-  names = [plots.literal(n) for n in choices]
+  options = short(known)
+  names = [plots.literal(n) for n in short(choices).values()]
   ax.set_xticks(range(len(names)), names, rotation=40, ha='right')
   ax.set_yticks(range(len(rows)), [plots.shorten(r) for r in rows])
   ax.tick_params(labelsize=7, length=0)
   for (i, j), value in np.ndenumerate(image):
     color = 'white' if value < 0.6 * len(known) else 'black'
-    text = plots.literal(plots.shorten(known[value], 9))
+    text = _cell(options[known[value]])
     ax.text(j, i, text, ha='center', va='center', fontsize=6, color=color)
   for spine in ax.spines.values():
     spine.set_visible(False)
   return ax
+
+
+def _cell(option: str) -> str:
+  """What fits a cell: one line for each role."""
+  return '\n'.join(plots.shorten(part, 11) for part in option.split(', '))
 
 
 def _width(option: str) -> tuple[int, str]:
