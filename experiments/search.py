@@ -85,7 +85,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     report.print_rows(rows)
     ranks = agreement.rows(config, tables, found, folder.metrics.values)
     folder.write_json('agreement.json', ranks)
-    report.print_rows([r for r in ranks if r['budget'] == 'all'])
+    report.print_rows(agreement.summary(ranks))
     sections = {
       'Allocations': rows,
       'Rank correlation of predicted and measured': ranks,
@@ -140,8 +140,12 @@ def _rows(config, folder, found) -> list[dict[str, Any]]:
   """Mean and range over calibration seeds of what was measured."""
   rows = []
   values = folder.metrics.values
+  short = search_plots.short(found)
   for name, made in found.items():
-    row: dict[str, Any] = {'allocation': name, 'bytes': made.costs['bytes']}
+    row: dict[str, Any] = {
+      'allocation': short[name],
+      'bytes': made.costs['bytes'],
+    }
     if config.cost != 'bytes':
       row[config.cost] = made.costs[config.cost]
     row['predicted'] = made.value
@@ -163,7 +167,10 @@ def _rows(config, folder, found) -> list[dict[str, Any]]:
 
 
 def _map(rows, chosen) -> plots.Figure:
-  figure = plots.figure(2.5 + 0.6 * len(chosen), 1.2 + 0.22 * len(rows))
+  lines = 1 + max(o.count(', ') for c in chosen.values() for o in c)
+  figure = plots.figure(
+    2.5 + 0.6 * len(chosen), 2 + 0.12 * (1 + lines) * len(rows)
+  )
   search_plots.bit_map(figure.subplots(), rows, chosen)
   return figure
 
@@ -174,13 +181,17 @@ def _page(config, tables, found, sections) -> str:
     if '@' in metric:  # its values begin elsewhere
       continue
     plain = search.additive(table)
-    front = search.pareto(plain)
+    front = search.pareto(plain, config.cost)
     figure = plots.figure(9, max(3.6, 0.5 + 0.17 * len(found)))
     points = {
-      n: (a.costs['bytes'], plain.predict(a.choice)) for n, a in found.items()
+      n: (a.costs[config.cost], plain.predict(a.choice))
+      for n, a in found.items()
     }
     search_plots.front(
-      figure.subplots(), front.cost, front.value, points, value=metric
+      figure.subplots(),
+      *(front.cost, front.value, points),
+      cost=config.cost,
+      value=metric,
     )
     figures[f'Front of {metric}'] = figure
   names = [r.name for r in next(iter(tables.values())).rows]
