@@ -179,10 +179,18 @@ def _explained(tables, truth) -> list[dict[str, Any]]:
       use = np.isfinite(true)
       if use.sum() < 3:
         continue
+      plain = _predictions(search.additive(table), plans)[use]
       for terms, q in _cross_terms(name, tables):
         whole = dataclasses.replace(table, interactions=q)
-        predicted = np.array([whole.predict(p) for p in plans])
-        fit = _fit(predicted[use], true[use])
+        predicted = _predictions(whole, plans)[use]
+        fit = _fit(predicted, true[use])
+        if q is not None:
+          more = estimate.bootstrap(_gain, plain, predicted, true[use])
+          fit |= {
+            'R2 gain': more.value,
+            'R2 gain low': more.low,
+            'R2 gain high': more.high,
+          }
         if name not in (*measured, 'fisher', 'hessian'):
           # Of another unit, only the order can be compared.
           fit = {k: v for k, v in fit.items() if not k.startswith('R2')}
@@ -217,6 +225,15 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float:
   a, b = a - a.mean(), b - b.mean()
   norms = np.sqrt((a * a).sum() * (b * b).sum())
   return float((a * b).sum() / norms) if norms > 0 else float('nan')
+
+
+def _predictions(table: search.Table, plans) -> np.ndarray:
+  return np.array([table.predict(p) for p in plans])
+
+
+def _gain(plain: np.ndarray, whole: np.ndarray, true: np.ndarray) -> float:
+  """Of R squared, on the same plans."""
+  return _explained_variance(whole, true) - _explained_variance(plain, true)
 
 
 def _explained_variance(predicted: np.ndarray, true: np.ndarray) -> float:
