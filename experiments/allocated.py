@@ -82,19 +82,27 @@ def measure(
     encoders: none, and weights are rounded as the model runs; or the one that
       makes them, on its first calibration set.
   """
-  program = spaces.program(config, work)
-  for name in encoders:
-    how = encoding(config, work, f'{name}/0')
-    program = search.Encoded(program, how.encoder, how.batches, how.key)
+  made = program(config, work, encoders)
   run = search.Measure(
-    program, spaces.measured_on(config, work), work.metric, [metric]
+    made, spaces.measured_on(config, work), work.metric, [metric]
   )
 
   def measured(choice):
-    [(value, _)] = run([program.choice(choice)])[metric]
+    [(value, _)] = run([made.choice(choice)])[metric]
     return value
 
   return measured
+
+
+def program(
+  config: Any, work: models.Workload, encoders: Sequence[str] = ()
+) -> search.Program:
+  """The model with its choices, weights made by an encoder if one is named."""
+  made = spaces.program(config, work)
+  for name in encoders:
+    how = encoding(config, work, f'{name}/0')
+    made = search.Encoded(made, how.encoder, how.batches, how.key)
+  return made
 
 
 def labels(config: Any) -> list[str]:

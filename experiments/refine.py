@@ -3,12 +3,20 @@ r"""Black-box refinement of a search: one worker; start as many as there are.
   python -m experiments.refine --config=configs/search/digits.py \
     --workdir=runs/search_digits --storage=runs/digits.journal --trials=40
 
-Reads the tables that `experiments.search` left in the workdir, begins with the
-front of one of them and goes on with NSGA-II, or NSGA-II on predictors, over
-true measurements of (loss, bytes) on the batches that the tables were not
-measured on. Copies of the command are workers of one study; one that is killed
-loses nothing. `--storage` is a file that all see, or the URL of a database.
+Reads the tables that `experiments.search` left in the workdir, begins with what
+one of them would choose within each budget and along its front, and goes on
+with NSGA-II, or NSGA-II on predictors, over true measurements of (loss, bytes)
+on the batches that the tables were not measured on. Copies of the command are
+workers of one study; one that is killed loses nothing. `--storage` is a file
+that all see, or the URL of a database. `--source` is the storage of a finished
+refinement over the same rows and options (of another training of the model, on
+fewer batches), whose trials train the predictors; those of this study correct
+them (APQ, arXiv 2006.08509). The folder `refined` gets refined.json (history,
+counts, seconds, and the front by options), a plan for each point of the front,
+and report.html.
 """
+
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
@@ -26,7 +34,7 @@ from experiments import (
 from quantlab import report, runtime, search
 from quantlab.report import plots, search_plots
 from quantlab.runtime import files
-from quantlab.search import objectives, study
+from quantlab.search import objectives, storages
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -37,33 +45,54 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     'trials', 40, 'Finished trials, of all workers.', flag_values=values
   )
   flags.DEFINE_enum(
-    'sampler', 'predicted', study.SAMPLERS, 'How.', flag_values=values
+    'sampler', 'predicted', search.SAMPLERS, 'How.', flag_values=values
   )
   flags.DEFINE_string('metric', 'kl', 'Table to start at.', flag_values=values)
+  flags.DEFINE_string(
+    'source', None, 'Storage that predictors learn from.', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'seed', None, "Of the sampler; the config's by default.", flag_values=values
+  )
 
 
-def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
+def run(
+  config: Any,
+  workdir: str,
+  storage: str,
+  trials: int,
+  sampler: str = 'predicted',
+  metric: str = 'kl',
+  source: str | None = None,
+  seed: int | None = None,
+) -> list[dict[str, Any]]:
   """One worker's part; returns the front as rows."""
-  fields.check_launcher(config, 'refine')
-  if not isinstance(trials, int) or trials < 1:
-    fields.refuse('trials', trials, 'a whole number of them, at least 1')
-  variants.check_name('sampler', sampler, study.SAMPLERS)
+  _check(config, trials, sampler, source, seed)
   if not search_configs.ready(config):
     return []
   kept = _kept(config, workdir)
   variants.check_name('metric', metric, tuple(kept))
   runtime.make_writable(epath.Path(workdir) / 'refined')
+  storages.reach(storage)
+  if source is not None:
+    shapes = spaces.shapes(config)
+    assert shapes is not None  # they were, when `ready` looked
+    search.trials_of(source, spaces.unmeasured(config, shapes), 2)
   work = spaces.workload(config)
-  tables = spaces.read_tables(f'{workdir}/tables.json', kept, work)
-  table = search.additive(tables[metric])
+  table = search.additive(
+    spaces.read_tables(f'{workdir}/tables.json', kept, work)[metric]
+  )
   objective = objectives.default(work.metric)
-  made = study.Study(
+  made = search.Study(
     table,
     storage,
     (objective, 'bytes'),
     sampler=sampler,
+    # What a design is for, a source knows.
+    first=16 if source is None else 0,
     known={'bytes': table.cost},
-    seed=config.seed,
+    source=source,
+    seed=config.seed if seed is None else seed,
   )
   program = spaces.program(config, work)
   measure = search.Measure(
@@ -74,13 +103,9 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
     [(value, _)] = measure([program.choice(choice)])[objective]
     return value, table.cost(choice)
 
-  front = search.pareto(table.floored())
-  at = np.linspace(0, len(front) - 1, min(len(front), 6)).astype(int)
-  made.run(both, trials, [front.choice(i) for i in dict.fromkeys(at)])
+  made.run(both, trials, starts(config, table.floored()))
   print(made.counts())
-  rows = []
-  for i, (choice, (value, size)) in enumerate(made.best()):
-    rows.append({'point': i, objective: value, 'bytes': size})
+  for i, (choice, _) in enumerate(made.best()):
     plan = ql.plan(
       work.apply,
       work.params,
@@ -88,9 +113,68 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
       *work.example,
     )
     files.write_json(f'{workdir}/refined/{i}/plan.json', plan.to_json())
+  how = {'sampler': sampler, 'seed': seed, 'metric': metric}
+  if source is not None:  # the URL of a database may have a password before @
+    how['source'] = str(source).rpartition('@')[2]
+  files.write_json(f'{workdir}/refined/refined.json', how | results(made))
+  return _shown(config, workdir, made, sampler)
+
+
+def starts(config: Any, table: search.Table) -> list[tuple[int, ...]]:
+  """What a table would choose: within each budget, and along its front."""
+  within = [
+    search.allocate(
+      table,
+      {config.cost: table.cost(table.uniform(option), config.cost)},
+      'dp',
+    ).choice
+    for option in config.budgets
+  ]
+  front = search.pareto(table)
+  at = np.linspace(0, len(front) - 1, min(len(front), 6)).astype(int)
+  return list(dict.fromkeys([*within, *(front.choice(i) for i in at)]))
+
+
+def results(made: search.Study) -> dict[str, Any]:
+  """All that a study holds, JSON-able.
+
+  Returns:
+    The options of each row; the history, each a choice (indices of options)
+    with its values, None where it failed; counts; the seconds of each trial;
+    the front, its plans by the names of options.
+  """
+  return {
+    'rows': {r.name: list(r.options) for r in made.table.rows},
+    'objectives': list(made.objectives),
+    'history': [
+      {'choice': list(choice), 'values': values and list(values)}
+      for choice, values in made.history()
+    ],
+    'counts': made.counts(),
+    'seconds': made.seconds(),
+    'front': [
+      {'options': made.table.labels(choice), **_named(made, values)}
+      for choice, values in made.best()
+    ],
+    'environment': runtime.environment(),
+  }
+
+
+def _named(made, values) -> dict[str, float]:
+  return dict(zip(made.objectives, values, strict=True))
+
+
+def _shown(config, workdir, made, sampler) -> list[dict[str, Any]]:
+  """The front on the terminal and the page."""
+  rows = [
+    {'point': i, **_named(made, values)}
+    for i, (_, values) in enumerate(made.best())
+  ]
   figure = plots.figure(7, 3.5)
   losses = [v[0] if v else np.nan for _, v in made.history()]
-  search_plots.progress(figure.subplots(), {sampler: losses}, objective)
+  search_plots.progress(
+    figure.subplots(), {sampler: losses}, made.objectives[0]
+  )
   page = report.render_search(
     f'Refinement of {config.model}', {'Front': rows}, {'Progress': figure}
   )
@@ -99,7 +183,21 @@ def run(config, workdir, storage, trials, sampler='predicted', metric='kl'):
   return rows
 
 
-def _kept(config, workdir):
+def _check(config, trials, sampler, source, seed) -> None:
+  """The arguments alone."""
+  fields.check_launcher(config, 'refine')
+  if not isinstance(trials, int) or trials < 1:
+    fields.refuse('trials', trials, 'a whole number of them, at least 1')
+  if seed is not None and not (type(seed) is int and 0 <= seed < 2**31):
+    fields.refuse('seed', seed, 'a whole number, at least 0')
+  variants.check_name('sampler', sampler, search.SAMPLERS)
+  if source is not None and sampler != 'predicted':
+    fields.refuse(
+      'source', source, f"none with sampler={sampler!r}: 'predicted' learns"
+    )
+
+
+def _kept(config, workdir) -> dict[str, Any]:
   """Tables in JSON, of a search that the config has made in a folder."""
   try:
     kept = files.read_json(f'{workdir}/tables.json')
@@ -127,6 +225,7 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     run,
     *(values.config, values.workdir, values.storage),
     *(values.trials, values.sampler, values.metric),
+    *(values.source, values.seed),
   )
 
 

@@ -22,6 +22,7 @@ import quantlab as ql
 from experiments import (
   agreement,
   allocated,
+  bisected,
   command_line,
   decoupled,
   fields,
@@ -76,6 +77,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     found = allocations(config, tables)
     found |= decoupled.allocations(folder, config, work, tables)
     found |= measured.allocations(folder, config, work, found)
+    found |= bisected.allocations(folder, config, work, tables)
     for name, made in found.items():
       if name not in folder.read_json('plan.json', {}):
         plan = ql.plan(work.apply, work.params, made, *work.example)
@@ -88,6 +90,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
     report.print_rows(agreement.summary(ranks))
     sections = {
       'Allocations': rows,
+      **bisected.sections(folder),
       'Rank correlation of predicted and measured': ranks,
     }
     folder.write_text('report.html', _page(config, tables, found, sections))

@@ -13,6 +13,7 @@ import numpy as np
 import quantlab as ql
 from experiments import (
   allocated,
+  bisected,
   decoupled,
   fields,
   measured,
@@ -21,7 +22,7 @@ from experiments import (
   variants,
 )
 from quantlab import models, quality, search
-from quantlab.search import objectives, study
+from quantlab.search import objectives
 from quantlab.search.sensitivity import INTERACTING
 
 _OPTION = "{'weight': {'format': 'int4'}}"
@@ -97,6 +98,12 @@ SEARCH = _MODEL | {
     empty=True,
   ),
   'measured': fields.names("tables, such as ('kl', 'kl.gptq')", empty=True),
+  'bisected': fields.pairs(
+    'pairs of a table and the share of quality that may be lost, from 0 to '
+    "less than 1, such as (('hessian', 0.01),)",
+    lambda v: fields.is_number(v) and 0 <= v < 1,
+    empty=True,
+  )._replace(needed=False),
   'draws': fields.count("allocations of 'random'", 1),
   'groups': fields.pairs(
     'no groups, (), or two pairs of a pattern of rows and a metric, such as '
@@ -138,7 +145,7 @@ TABLE = {
   'methods': fields.names('methods'),
 }
 SETTINGS = _MODEL | {
-  'sampler': fields.text(f'one of {study.SAMPLERS}'),
+  'sampler': fields.text(f'one of {search.SAMPLERS}'),
   'first': fields.count('trials of a design, before the sampler', 0),
   'settings': fields.Field(
     'a dict of settings, each a dict of options, each a dict of '
@@ -188,6 +195,7 @@ def check(config: Any) -> None:
       allocated.encoder(each)
     variants.check_name('method', method, search.METHODS)
   measured.check(config)
+  bisected.check(config)
   for each in config.encoders:
     allocated.encoder(each)
   if config.distilled and config.calibration:
@@ -230,7 +238,9 @@ def fits(config: Any, work: models.Workload) -> None:
       f'set, {_size(work)}, none is left to judge on. Measure on fewer, and '
       'judge up to a later one or, with judged=0, all'
     )
-  if not config.distilled:
+  if config.distilled:
+    _check_distilled(config, work)
+  else:
     _check_batches(config, work, 2 if config.alternate else 1)
   try:
     table = spaces.unmeasured(config, work)
@@ -247,6 +257,7 @@ def fits(config: Any, work: models.Workload) -> None:
         f'rows have at most {most}; expected 0 to {most - 2}'
       )
   decoupled.check(config, table, names)
+  bisected.fits(config, table)
   for name in config.show:
     variants.check_name('number in show=', name, _numbers(work))
 
@@ -257,6 +268,16 @@ def _check_batches(config: Any, work: models.Workload, step: int = 1) -> None:
     raise variants.ConfigError(
       f'batches={config.batches}: the evaluation set is {_size(work)}; measure '
       'on fewer'
+    )
+
+
+def _check_distilled(config: Any, work: models.Workload) -> None:
+  """Whether there may be BatchNorms to distill from."""
+  like = spaces.like(work, config.distilled)
+  if not search.scaled(work.apply, work.params, like):
+    raise variants.ConfigError(
+      f'distilled={config.distilled}: {config.model!r} has no product that a '
+      'BatchNorm follows, and no statistics to distill data from; expected 0'
     )
 
 
@@ -328,7 +349,7 @@ def check_settings(config: Any) -> None:
   """
   fields.check(config, SETTINGS)
   variants.check_name('model', config.model, tuple(models.WORKLOADS))
-  variants.check_name('sampler', config.sampler, study.SAMPLERS)
+  variants.check_name('sampler', config.sampler, search.SAMPLERS)
   for choice in settings.one_by_one(config):
     settings.recipe(settings.chosen(config, choice))
 

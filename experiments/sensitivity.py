@@ -210,7 +210,7 @@ def _cross_terms(name, tables):
 
 def _fit(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
   """How well a prediction fits, with bootstrap intervals over the plans."""
-  found = {}
+  found: dict[str, float] = {}
   for name, statistic in (
     ('R2', _explained_variance),
     ('r squared', lambda p, t: _pearson(p, t) ** 2),

@@ -30,7 +30,16 @@ from experiments import (
 from quantlab import models, quality, report, runtime, search
 from quantlab.report import plots, search_plots
 from quantlab.runtime import files
-from quantlab.search import study
+from quantlab.search import storages
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags; not at import, where another launcher may have its."""
+  sensitivity.define_flags(values)
+  flags.DEFINE_string('storage', None, 'A file, or a URL.', flag_values=values)
+  flags.DEFINE_integer(
+    'trials', 24, 'Finished trials, of all workers.', flag_values=values
+  )
 
 
 def measure(config: Any, table: search.Table, choice: Sequence[int]) -> float:
@@ -82,8 +91,9 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
     return {}
   search_configs.settings_fit(config, shapes)
   _sign(workdir, config)
+  storages.reach(storage)
   table = settings.space(config)
-  made = study.Study(
+  made = search.Study(
     table,
     storage,
     ('accuracy_loss',),
@@ -142,8 +152,6 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == '__main__':
-  sensitivity.define_flags()
-  flags.DEFINE_string('storage', None, 'A file, or a URL.')
-  flags.DEFINE_integer('trials', 24, 'Finished trials, of all workers.')
+  define_flags()
   logging.set_verbosity(logging.WARNING)
   app.run(main, flags_parser=command_line.parse)

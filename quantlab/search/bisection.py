@@ -68,11 +68,7 @@ def bisect(
   check_table('bisect', table)
   check_name('cost', cost, table.costs)
   target = check_number('the target', target)
-  if len({len(r.options) for r in table.rows} - {1}) > 1:
-    raise ValueError(
-      'bisect lowers rows level by level, and needs the same number of options '
-      f'in each, or one: {[(r.name, len(r.options)) for r in table.rows]}'
-    )
+  check_levels(table)
   refuse_failed(table)
   ranks = [np.argsort(c, kind='stable') for c in table.costs[cost]]
   # Of the options that did not fail the dearest, by its rank.
@@ -93,7 +89,8 @@ def bisect(
   if not best >= target:
     raise ValueError(
       f'the target {target:g} is out of reach: with the dearest option in '
-      f'every row the quality is {best:g}'
+      f'every row the quality is {best:g}. Permit a larger loss, or give an '
+      'option of more bits'
     )
   settled: set[int] = set()
   violations = 0
@@ -125,6 +122,19 @@ def bisect(
     settled |= set(order[:low])
   found = tuple(choice)
   return Bisection(found, quality(found), tuple(seen.items()), violations)
+
+
+def check_levels(table: Table) -> None:
+  """Whether rows can be lowered together, one option after another.
+
+  Raises:
+    ValueError: some have other numbers of options.
+  """
+  if len({len(r.options) for r in table.rows} - {1}) > 1:
+    raise ValueError(
+      'bisect lowers rows level by level, and needs the same number of options '
+      f'in each, or one: {[(r.name, len(r.options)) for r in table.rows]}'
+    )
 
 
 def _order(table, ranks, level, rows) -> list[int]:

@@ -36,11 +36,7 @@ def batch_norms(apply: Callable, params: Any, *args: Any) -> Statistics:
     ValueError: no product is followed by a BatchNorm.
   """
   traced, leaves, _ = tracing.Tracer(apply)(params, args, {})
-  sites = {
-    s.id: (s, s.fold)
-    for s in traced.analysis.sites
-    if s.fold is not None and s.side is not None and not s.loops
-  }
+  sites = _scaled(traced)
   chosen = frozenset(sites)
   involved = {i: leaves[i] for _, f in sites.values() for i in f.leaves}
 
@@ -65,6 +61,29 @@ def batch_norms(apply: Callable, params: Any, *args: Any) -> Statistics:
       'statistics to distill data from. Use real calibration data'
     )
   return found
+
+
+def scaled(apply: Callable, params: Any, *args: Any) -> tuple[str, ...]:
+  """Ids of the products that a scale of each channel follows.
+
+  From shapes alone; where there is none there is no BatchNorm, while a scale
+  may be another's.
+
+  Args:
+    apply: `apply(params, *args)` in inference mode.
+    params: parameters, or their shapes.
+    *args: example arguments, or their shapes.
+  """
+  traced, _, _ = tracing.Tracer(apply)(params, args, {})
+  return tuple(_scaled(traced))
+
+
+def _scaled(traced) -> dict[str, Any]:
+  return {
+    s.id: (s, s.fold)
+    for s in traced.analysis.sites
+    if s.fold is not None and s.side is not None and not s.loops
+  }
 
 
 def _only(involved, index):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,15 @@ from quantlab.search import predict
 
 Choice = tuple[int, ...]
 _POPULATION = 20  # of the search on predictors
+
+
+def one_thread() -> contextlib.AbstractContextManager[Any]:
+  """For trees on a few hundred rows.
+
+  Threads would only wait for each other, by spinning, which costs a busy
+  machine ten times the work.
+  """
+  return threadpoolctl.threadpool_limits(1, 'openmp')
 
 
 class Designed(optuna.samplers.BaseSampler):
@@ -87,6 +97,8 @@ class Predicted(optuna.samplers.BaseSampler):
     sizes: options of every row, by name.
     make: makes the predictor of one objective.
     exact: objectives that need no predictor, by position: `choice -> value`.
+    sources: fitted predictors of the same objectives elsewhere, by position:
+      what is measured here corrects them (`predict.Transferred`).
     evaluations: of the predictors for each trial.
     seed: of everything random.
   """
@@ -96,11 +108,13 @@ class Predicted(optuna.samplers.BaseSampler):
     sizes: Mapping[str, int],
     make: Callable[[], predict.Predictor] = predict.boosted,
     exact: Mapping[int, Callable[[Choice], float]] | None = None,
+    sources: Mapping[int, predict.Predictor] | None = None,
     evaluations: int = 200,
     seed: int = 0,
   ):
     self.sizes = dict(sizes)
     self.make, self.exact = make, dict(exact or {})
+    self.sources = dict(sources or {})
     self.evaluations = evaluations
     self.rng = np.random.default_rng(seed)
 
@@ -127,9 +141,7 @@ class Predicted(optuna.samplers.BaseSampler):
       for t in study.get_trials(deepcopy=False)
       if len(t.params) == len(self.sizes)
     }
-    # Trees on a few hundred rows: threads would only wait for each other, by
-    # spinning, which costs a busy machine ten times the work.
-    with threadpoolctl.threadpool_limits(1, 'openmp'):
+    with one_thread():
       front = self._front(study, seen)
     fresh = [c for c in front if c not in tried] or [self._random()]
     pick = fresh[self.rng.integers(len(fresh))]
@@ -138,17 +150,28 @@ class Predicted(optuna.samplers.BaseSampler):
   def _random(self) -> Choice:
     return tuple(int(self.rng.integers(n)) for n in self.sizes.values())
 
-  def _front(self, study, seen) -> list[Choice]:
-    """Choices that the predictors like best."""
-    names, sizes = list(self.sizes), list(self.sizes.values())
-    choices = np.array([[t.params[n] for n in names] for t in seen])
-    x = predict.one_hot(choices, sizes)
+  def fit(self, seen: Sequence[Any]) -> list[predict.Predictor | None]:
+    """Predictors of the objectives; None of those that need none.
+
+    Args:
+      seen: completed trials.
+    """
+    choices = np.array([[t.params[n] for n in self.sizes] for t in seen])
+    x = predict.one_hot(choices, list(self.sizes.values()))
     values = np.array([t.values for t in seen], float)
-    fitted: list[Any] = [
-      None if j in self.exact else self.make().fit(x, values[:, j])
+    return [
+      None if j in self.exact else self._predictor(j).fit(x, values[:, j])
       for j in range(values.shape[1])
     ]
 
+  def _predictor(self, objective: int) -> predict.Predictor:
+    source = self.sources.get(objective)
+    return self.make() if source is None else predict.Transferred(source)
+
+  def _front(self, study, seen) -> list[Choice]:
+    """Choices that the predictors like best."""
+    names, sizes = list(self.sizes), list(self.sizes.values())
+    fitted = self.fit(seen)
     inner = optuna.create_study(
       directions=study.directions,
       sampler=optuna.samplers.NSGAIISampler(

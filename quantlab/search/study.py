@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pathlib
 import re
 import time
 import uuid
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
-from absl import logging
-from optuna.storages import journal
 from optuna.trial import TrialState
 
 from quantlab import runtime
-from quantlab.search import samplers
+from quantlab.search import predict, samplers, storages
 from quantlab.search.table import Table, check_count, check_name, check_table
 
 Choice = tuple[int, ...]
@@ -47,6 +43,10 @@ class Study:
     sampler: 'nsga2', 'predicted' (NSGA-II on boosted trees) or 'random'.
     first: trials of a Sobol design before the sampler's own.
     known: objectives that need no measurement to predict: `choice -> value`.
+    source: storage of a study of this name over the same rows and options: of
+      another training or encoder, or by a cheaper measure. Its trials train
+      the predictors of 'predicted', objective by objective in order, and those
+      of this study only correct them (APQ, arXiv 2006.08509).
     seed: of the design and, with the worker's name, of the sampler; below
       2^31.
     worker: name of this worker among those of the study, none twice: it names
@@ -55,8 +55,9 @@ class Study:
 
   Raises:
     ValueError: the storage cannot be reached, or holds a study of another
-      space under this name; a worker of this name is running; names or
-      numbers that cannot be used.
+      space under this name; the source is not there, of other rows or
+      options, or without finished trials; a worker of this name is running;
+      names or numbers that cannot be used.
   """
 
   def __init__(
@@ -69,6 +70,7 @@ class Study:
     sampler: str = 'nsga2',
     first: int = 16,
     known: Mapping[str, Callable[[Choice], float]] | None = None,
+    source: str | os.PathLike | None = None,
     seed: int = 0,
     worker: str | None = None,
   ):
@@ -76,7 +78,7 @@ class Study:
     check_name('sampler', sampler, SAMPLERS)
     if isinstance(objectives, str):
       objectives = (objectives,)
-    _check_storage(storage)
+    storages.check(storage)
     _check_names(name, objectives, worker)
     check_count('first', first, 0)
     check_count('seed', seed, 0)
@@ -93,30 +95,35 @@ class Study:
     self.worker = uuid.uuid4().hex if worker is None else worker
     # A worker that was killed may come back under its name.
     self._life = uuid.uuid4().hex
-    self._locks = _locks_of(storage)
-    made = self._sampler(sampler, first, dict(known or {}), seed)
-    shown = os.fspath(storage)
+    past = None
+    if source is not None:
+      if sampler != 'predicted':
+        raise ValueError(
+          f'source={os.fspath(source)!r} trains predictors, and '
+          f"sampler={sampler!r} has none: 'predicted' has"
+        )
+      past = trials_of(source, table, len(self.objectives), name)
+    self._locks = storages.locks(storage)
+    made = self._sampler(sampler, first, dict(known or {}), past, seed)
+    shown, reached = os.fspath(storage), storages.reach(storage)
     try:
       self.study = optuna.create_study(
         study_name=name,
-        storage=_storage(storage),
+        storage=reached,
         directions=['minimize'] * len(self.objectives),
         sampler=made,
         load_if_exists=True,
       )
       found = self.study.user_attrs.get('space')
       if found is None:
+        self.study.set_user_attr('rows', _options(table))
         self.study.set_user_attr('space', self._fingerprint())
     except ValueError as error:
       raise ValueError(
         f'the study {name!r} in {shown!r} cannot be opened: {error}'
       ) from error
     except Exception as error:  # of the driver of any database
-      raise ValueError(
-        f'the storage {shown!r} cannot be reached '
-        f'({type(error).__name__}: {error}). Give a path that this user may '
-        'write to, or the URL of a database that runs'
-      ) from error
+      raise storages.unreachable(storage, error) from error
     if found not in (None, self._fingerprint()):
       raise ValueError(
         f'the study {name!r} in {shown!r} is of another space: its rows, '
@@ -267,6 +274,15 @@ class Study:
       or (t.state.is_finished() and 'values' in t.user_attrs)
     ]
 
+  def seconds(self) -> list[float]:
+    """How long each finished trial took, in the order of `history`."""
+    return [
+      t.duration.total_seconds() if t.duration else 0.0
+      for t in self.study.get_trials(deepcopy=False)
+      if t.state == TrialState.COMPLETE
+      or (t.state.is_finished() and 'values' in t.user_attrs)
+    ]
+
   def best(self) -> list[tuple[Choice, tuple[float, ...]]]:
     """Choices that none beats in all objectives, sorted by the first."""
     found = {self._choice(t): tuple(t.values) for t in self.study.best_trials}
@@ -286,17 +302,32 @@ class Study:
       }
     )
 
-  def _sampler(self, word, first, known, seed):
+  def _sampler(self, word, first, known, past, seed):
     # No two workers draw the same.
     own = seed + zlib.crc32(self.worker.encode()) % 2**28
     if word == 'predicted':
       exact = {self.objectives.index(n): f for n, f in known.items()}
-      inner: Any = samplers.Predicted(self.sizes, exact=exact, seed=own)
+      sources = {} if past is None else self._learned(past, exact)
+      inner: Any = samplers.Predicted(
+        self.sizes, exact=exact, sources=sources, seed=own
+      )
     elif word == 'nsga2':
       inner = optuna.samplers.NSGAIISampler(population_size=16, seed=own)
     else:
       inner = optuna.samplers.RandomSampler(own)
     return samplers.Designed(self.sizes, first, inner, seed)
+
+  def _learned(self, past, exact) -> dict[int, predict.Predictor]:
+    """Predictors of what is measured, trained on another study's trials."""
+    choices = np.array([c for c, _ in past])
+    values = np.array([v for _, v in past])
+    x = predict.one_hot(choices, list(self.sizes.values()))
+    with samplers.one_thread():
+      return {
+        j: predict.boosted().fit(x, values[:, j])
+        for j in range(len(self.objectives))
+        if j not in exact
+      }
 
   def _sign(self) -> Any:
     """A file that stays locked as long as this process lives."""
@@ -314,12 +345,61 @@ class Study:
     return lock
 
 
-def _check_storage(storage: Any) -> None:
-  if not isinstance(storage, str | os.PathLike) or not os.fspath(storage):
-    raise TypeError(
-      f'storage={storage!r}: expected the path of a journal file, or the URL '
-      'of a database'
+def trials_of(
+  storage: str | os.PathLike,
+  table: Table,
+  objectives: int,
+  name: str = 'search',
+) -> list[tuple[Choice, tuple[float, ...]]]:
+  """Completed trials of a study over the same rows and options.
+
+  Args:
+    storage: of that study; nothing is written to it.
+    table: whose rows and options they are; costs and model may be others.
+    objectives: how many.
+    name: of that study.
+
+  Raises:
+    ValueError: there is no such study, it is of other rows, options or
+      objectives, or has fewer than two completed trials.
+    TypeError: the storage is no path and no URL.
+  """
+  storages.check(storage)
+  source = f'source={os.fspath(storage)!r}'
+  if not storages.exists(storage):
+    raise ValueError(
+      f'{source} is not there: expected the storage of a finished study over '
+      'the same rows and options'
     )
+  try:
+    found = optuna.load_study(study_name=name, storage=storages.reach(storage))
+  except KeyError as error:
+    raise ValueError(f'{source} holds no study {name!r}') from error
+  theirs, mine = found.user_attrs.get('rows'), _options(table)
+  if theirs != mine:
+    other = {k: (theirs or {}).get(k) for k in mine} | dict(theirs or {})
+    k = next(k for k in other if other[k] != mine.get(k))
+    raise ValueError(
+      f'{source} is a study of other rows or options: there {k!r} has '
+      f'{other[k]}, here {mine.get(k)}. Predictors transfer where rows and '
+      'options are the same'
+    )
+  if len(found.directions) != objectives:
+    raise ValueError(
+      f'{source} is a study of {len(found.directions)} objectives, expected '
+      f'{objectives}'
+    )
+  complete = found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+  if len(complete) < 2:
+    raise ValueError(
+      f'{source} has {len(complete)} completed trials, and predictors are '
+      'trained on two at least: finish that study first'
+    )
+  return [(tuple(t.params[n] for n in mine), tuple(t.values)) for t in complete]
+
+
+def _options(table: Table) -> dict[str, list[str]]:
+  return {r.name: list(r.options) for r in table.rows}
 
 
 def _check_names(name: Any, objectives: Sequence[Any], worker: Any) -> None:
@@ -340,75 +420,4 @@ def _check_names(name: Any, objectives: Sequence[Any], worker: Any) -> None:
     raise ValueError(
       f'worker={worker!r} names a file: expected letters, digits and "_.+-", '
       f'and not {_GUARD!r}; such as "worker_0"'
-    )
-
-
-def _is_url(storage: str | os.PathLike) -> bool:
-  return '://' in os.fspath(storage)
-
-
-def _locks_of(storage: str | os.PathLike) -> pathlib.Path | None:
-  """The folder of the workers' locks beside a journal."""
-  if _is_url(storage):
-    return None
-  path = pathlib.Path(storage)
-  folder = path.with_name(path.name + '.workers')
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ValueError(
-      f'the storage {os.fspath(storage)!r} cannot be reached ({error}). Give a '
-      'path that this user may write to, or the URL of a database that runs'
-    ) from error
-  return folder
-
-
-class _Journal(journal.JournalFileBackend):
-  """A journal that outlives a writer that died within a line.
-
-  Optuna reads past a last line without an end, and would write on in it: what
-  comes after could never be read again.
-  """
-
-  def __init__(self, path: str):
-    self._path, self._own = path, journal.JournalFileSymlinkLock(path)
-    super().__init__(path, self._own)
-
-  def append_logs(self, logs: list[dict[str, Any]]) -> None:
-    self._cut()
-    super().append_logs(logs)
-
-  def _cut(self) -> None:
-    """Removes a last line without an end."""
-    self._own.acquire()
-    try:
-      with open(self._path, 'r+b') as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 1, 0))
-        if file.read(1) in (b'', b'\n'):
-          return
-        file.seek(0)
-        kept = file.read().rfind(b'\n') + 1
-        file.truncate(kept)
-    finally:
-      self._own.release()
-    logging.warning(
-      '%s ended within a line: %d bytes that no worker has read were removed',
-      *(self._path, size - kept),
-    )
-
-
-def _storage(storage: str | os.PathLike) -> Any:
-  if not _is_url(storage):
-    return optuna.storages.JournalStorage(_Journal(os.fspath(storage)))
-  with warnings.catch_warnings():
-    # Optuna says of its own heartbeat that it may change.
-    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-    return optuna.storages.RDBStorage(
-      os.fspath(storage),
-      heartbeat_interval=20,
-      grace_period=60,
-      heartbeat_stale_trial_callback=(
-        optuna.storages.RetryHeartbeatStaleTrialCallback()
-      ),
     )

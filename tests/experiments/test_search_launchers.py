@@ -12,6 +12,7 @@ import pytest
 import quantlab as ql
 from configs.search import (
   adaquant_ip,
+  bisection,
   digits,
   hawq_v1,
   hawq_v2,
@@ -57,7 +58,7 @@ def _trained_once():
     yield
 
 
-METHODS = (adaquant_ip, hawq_v1, hawq_v2, lrp_qvit, mixdq, zeroq)
+METHODS = (adaquant_ip, bisection, hawq_v1, hawq_v2, lrp_qvit, mixdq, zeroq)
 
 
 @pytest.mark.parametrize('method', METHODS, ids=lambda m: m.__name__)

@@ -26,6 +26,16 @@ from quantlab import models
 
 NAN = float('nan')
 RULE = {'weight': {'format': 'int4'}}
+FINE = {'weight': {'format': 'int8'}}
+ONLY = {
+  'budgets': ('int4',),
+  'kinds': (('all', 0),),
+  'interactions': (),
+  'around': (),
+  'metrics': ('kl',),
+  'measured': (),
+  'allocations': (),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +110,16 @@ def refused(run, config, match, tmp_path):
     ('groups', ('kl', ('conv', 'kl'), (('conv',),), ((1, 'kl'),)), 'no groups'),
     ('allocations', (('kl', 'dp'), (('kl',),), 3), 'a table and a method'),
     ('measured', ('kl', ('fisher.gptq',), (3,)), 'tables'),
+    (
+      'bisected',
+      (
+        *('kl', ('kl',), (('kl',),), ((3, 0.1),), (('kl', '1 %'),)),
+        *((('kl', -0.1),), (('kl', 1),), (('kl', NAN),), (('kl', 0, 1),)),
+      ),
+      'share of quality that may be lost, from 0 to less than 1',
+    ),
+    ('bisected', ((('sqnr', 0.1),),), "unknown metric in bisected= 'sqnr'"),
+    ('bisected', ((('kl.gptk', 0.1),),), "unknown transform 'gptk'"),
     ('ties', ('conv', ('conv', 'head'), ((),)), 'groups of sites'),
     ('cost', (None, ''), "one of .'bytes'"),
     ('latency', (5, None), 'bench/latency.py wrote'),
@@ -156,6 +176,12 @@ def test_what_the_model_cannot_do_is_refused_from_shapes(run, tmp_path):
   told('rows have at most 5; expected 0 to 3', kinds=(('x', 9),))
   told('rows have at most 5', kinds=(('only eight bits', 4),))
   told('nothing to choose', choices=(('/kernel$', RULE),))
+  two = (('conv_0', (RULE, None)), ('/kernel$', (RULE, None, FINE)))
+  told('same number of options', choices=two, bisected=(('kl', 0.1),), **ONLY)
+  told(
+    "distilled=64: 'digits_vit' has no product that a BatchNorm follows",
+    **{'model': 'digits_vit', 'distilled': 64, **ONLY},
+  )
 
 
 # Launchers --------------------------------------------------------------------
@@ -289,6 +315,70 @@ def test_folders_that_cannot_be_used_are_refused_before_work(tmp_path):
   (found / 'config.json').write_text(json.dumps(config.to_dict()))
   with pytest.raises(variants.ConfigError, match="unknown metric 'lrp'"):
     refine.run(config, found, found / 'journal', 1, metric='lrp')
+
+
+STORAGES = (
+  ('{0}/file/journal', 'Not a directory'),
+  ('{0}/folder', 'Is a directory'),
+  ('/proc/none/journal', 'No such file'),
+  ('{0}/file/study.db', 'Not a directory'),
+  ('sqlite:///{0}/none/study.db', 'unable to open database file'),
+  ('postgresql://nobody@localhost:1/none', 'database'),
+  ('nosql://localhost/none', 'nosql'),
+)
+
+
+@pytest.mark.parametrize(('storage', 'reason'), STORAGES)
+@pytest.mark.parametrize('launcher', [refine, tune])
+def test_a_storage_that_cannot_be_reached_ends_with_one_line(
+  launcher, storage, reason, tmp_path
+):
+  """Before a model is loaded; postgresql has no driver, or refuses."""
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'folder').mkdir()
+  work = tmp_path / 'work'
+  config = with_fields(digits.get_config(), {'evaluation': 250, 'batches': 1})
+  if launcher is tune:
+    config = tuned(settings=ONCE)
+  else:
+    work.mkdir()
+    (work / 'tables.json').write_text('{"kl": {}}')
+    (work / 'config.json').write_text(json.dumps(config.to_dict()))
+  values = flags.FlagValues()
+  launcher.define_flags(values)
+  told = storage.format(tmp_path)
+  file = tmp_path / 'config.py'
+  file.write_text(
+    'import ml_collections\n'
+    f'get_config = lambda: ml_collections.ConfigDict({config.to_dict()!r})\n'
+  )
+  argv = ['x', f'--config={file}', f'--workdir={work}', f'--storage={told}']
+  values(argv)
+  with pytest.raises(SystemExit, match=r'^error: the storage .*Give a') as end:
+    launcher.main(argv[:1], values)
+  message = str(end.value)
+  assert '\n' not in message
+  assert told in message
+  assert reason in message
+
+
+@pytest.mark.parametrize(
+  ('match', 'arguments'),
+  [
+    ('seed=-1: expected a whole number', {'seed': -1}),
+    ("source='x': expected none with", {'source': 'x', 'sampler': 'nsga2'}),
+    ("unknown sampler 'tpe'", {'sampler': 'tpe'}),
+    ("source='/none/x' is not there", {'source': '/none/x'}),
+  ],
+)
+def test_arguments_of_a_refinement_are_refused_before_work(
+  match, arguments, tmp_path
+):
+  config = with_fields(digits.get_config(), {'evaluation': 250, 'batches': 1})
+  (tmp_path / 'tables.json').write_text('{"kl": {}}')
+  (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+  with pytest.raises(ValueError, match=match):
+    refine.run(config, tmp_path, tmp_path / 'journal', 1, **arguments)
 
 
 def test_the_commands_end_with_one_line(monkeypatch, tmp_path):

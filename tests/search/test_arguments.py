@@ -9,7 +9,6 @@ import pytest
 
 import quantlab as ql
 from quantlab import quality, search
-from quantlab.search import study
 from quantlab.search.table import Row, Table
 
 TABLE = Table(
@@ -101,7 +100,7 @@ def test_what_is_divided_between_groups():
 
 def test_what_is_known_of_a_study(tmp_path):
   with pytest.raises(TypeError, match='a function of a choice for each name'):
-    study.Study(TABLE, tmp_path / 'journal.log', known={'loss': 3})
+    search.Study(TABLE, tmp_path / 'journal.log', known={'loss': 3})
   assert not list(tmp_path.iterdir())
 
 
