@@ -20,7 +20,10 @@ from quantlab.models import (
   resnet_cifar,
 )
 
-pytestmark = pytest.mark.shared
+pytestmark = [
+  pytest.mark.shared,
+  pytest.mark.usefixtures('compiled_quickly'),
+]
 
 
 def flat(path):

@@ -15,6 +15,8 @@ import pytest
 import quantlab as ql
 from quantlab.data import embedded
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 E = ql.estimators
 SIZES = (64, 32, 32, 32, 10)
 SEEDS = 4
