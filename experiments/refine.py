@@ -42,7 +42,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
   sensitivity.define_flags(values)
   flags.DEFINE_string('storage', None, 'A file, or a URL.', flag_values=values)
   flags.DEFINE_integer(
-    'trials', 40, 'Finished trials, of all workers.', flag_values=values
+    'trials',
+    40,
+    'Finished trials, of all workers; one more of each that runs then.',
+    flag_values=values,
   )
   flags.DEFINE_enum(
     'sampler', 'predicted', search.SAMPLERS, 'How.', flag_values=values
@@ -117,7 +120,7 @@ def run(
   if source is not None:  # the URL of a database may have a password before @
     how['source'] = str(source).rpartition('@')[2]
   files.write_json(f'{workdir}/refined/refined.json', how | results(made))
-  return _shown(config, workdir, made, sampler)
+  return _shown(config, workdir, made, sampler, starts(config, table.floored()))
 
 
 def starts(config: Any, table: search.Table) -> list[tuple[int, ...]]:
@@ -164,8 +167,8 @@ def _named(made, values) -> dict[str, float]:
   return dict(zip(made.objectives, values, strict=True))
 
 
-def _shown(config, workdir, made, sampler) -> list[dict[str, Any]]:
-  """The front on the terminal and the page."""
+def _shown(config, workdir, made, sampler, begun) -> list[dict[str, Any]]:
+  """The front on the terminal and the page, with what it began at."""
   rows = [
     {'point': i, **_named(made, values)}
     for i, (_, values) in enumerate(made.best())
@@ -175,12 +178,30 @@ def _shown(config, workdir, made, sampler) -> list[dict[str, Any]]:
   search_plots.progress(
     figure.subplots(), {sampler: losses}, made.objectives[0]
   )
+  measured = {c: v[::-1] for c, v in made.history() if v}
   page = report.render_search(
-    f'Refinement of {config.model}', {'Front': rows}, {'Progress': figure}
+    f'Refinement of {config.model}',
+    {'Front': rows},
+    {'Front': _front(made, rows, measured, begun), 'Progress': figure},
   )
   files.write_text(f'{workdir}/refined/report.html', page)
   report.print_rows(rows)
   return rows
+
+
+def _front(made, rows, measured, begun) -> plots.Figure:
+  figure = plots.figure(7, 3.5)
+  objective, cost = made.objectives
+  costs, values = np.array(sorted((r[cost], r[objective]) for r in rows)).T
+  search_plots.front(
+    figure.subplots(),
+    costs,
+    values,
+    {f'start {i}': measured[c] for i, c in enumerate(begun) if c in measured},
+    cost=cost,
+    value=objective,
+  )
+  return figure
 
 
 def _check(config, trials, sampler, source, seed) -> None:

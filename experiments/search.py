@@ -6,7 +6,8 @@ r"""Mixed precision: allocations at equal cost, quantized and judged.
 Measures (or reads) the sensitivity tables, then for each budget and method
 finds an allocation, quantizes the model by it with each encoder and
 calibration seed, and judges it on batches that no table has seen. A config
-that carries a table (hawq_v3) is solved only. The workdir gets config.json,
+that carries a table (hawq_v3) is solved only: it leaves no tables, plans and
+measurements. The workdir gets config.json,
 manifest.json, tables.json, plan.json (by name; `ql.Plan.from_json` reads one,
 `ql.ptq` takes it), metrics.json, agreement.json (Spearman of what each table
 predicts of all these plans with what was measured of them) and report.html. The
@@ -151,7 +152,8 @@ def _rows(config, folder, found) -> list[dict[str, Any]]:
     }
     if config.cost != 'bytes':
       row[config.cost] = made.costs[config.cost]
-    row['predicted'] = made.value
+    if made.method != 'uniform':  # which is of no table
+      row['predicted'] = made.value
     for encoder in config.encoders:
       for key in config.show:
         each = [
@@ -178,6 +180,13 @@ def _map(rows, chosen) -> plots.Figure:
   return figure
 
 
+def _belongs(name: str, metric: str) -> bool:
+  """Whether a plan is drawn beside a metric's front."""
+  return name.startswith((f'{metric}-', f'{metric}@')) or (
+    name == 'uniform' or '-random' in name
+  )
+
+
 def _page(config, tables, found, sections) -> str:
   figures = {}
   for metric, table in tables.items():
@@ -189,6 +198,7 @@ def _page(config, tables, found, sections) -> str:
     points = {
       n: (a.costs[config.cost], plain.predict(a.choice))
       for n, a in found.items()
+      if _belongs(n.rpartition('/')[2], metric)
     }
     search_plots.front(
       figure.subplots(),

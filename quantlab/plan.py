@@ -351,6 +351,19 @@ class Plan:
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> Plan:
+    """A plan that `to_json` wrote.
+
+    Raises:
+      ValueError: it is none; such as a file that holds several by name.
+    """
+    if 'sites' not in data:
+      several = [k for k, v in data.items() if 'sites' in (v or ())]
+      raise ValueError(
+        'this is no plan, which has sites; it has '
+        f'{sorted(data)[:5]}'
+        + f'; of the plans in it pass one: data[{several[0]!r}]'
+        * bool(several)
+      )
     found = [SitePlan.from_json(s) for s in data['sites']]
     return cls(
       sites={s.id: s for s in found},

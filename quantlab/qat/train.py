@@ -86,7 +86,9 @@ def qat(
   """
   if not isinstance(plan, Plan):
     raise TypeError(
-      f'the plan is what ql.plan(...) returns, got {type(plan).__name__}'
+      f'the plan is what ql.plan(...) returns, got {type(plan).__name__}; a '
+      'recipe, or an allocation, becomes one: ql.plan(apply, params, recipe, '
+      '*inputs)'
     )
   by_role = _by_role(lsq() if estimator is None else estimator)
   for name, site in plan.quantized.items():

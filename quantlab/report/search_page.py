@@ -10,6 +10,7 @@ from typing import Any
 
 import rich
 import rich.box
+import rich.console
 import rich.table
 
 from quantlab.report import html as page
@@ -53,14 +54,17 @@ def render_search(
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-  """Rows as a table on the terminal."""
+  """Rows as a table on the terminal; wide in a file, where nothing wraps."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   heads = list(dict.fromkeys(k for row in rows for k in row))
   for head in heads:
     out.add_column(head, overflow='fold')
   for row in rows:
     out.add_row(*(_text(row.get(h, '')) for h in heads))
-  rich.print(out)
+  console = rich.get_console()
+  if not console.is_terminal:
+    console = rich.console.Console(width=200)
+  console.print(out)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -31,8 +31,9 @@ def sensitivity_bars(ax: Axes, table: Any) -> Axes:
 
   Args:
     ax: where to draw.
-    table: a `search.Table`. Values that failed or are not positive are left
-      without a bar on the logarithmic axis.
+    table: a `search.Table`. Values that failed have no bar. The axis is
+      logarithmic, but for what is within 1e-4 of the largest value or below
+      zero.
 
   Returns:
     ax.
@@ -49,9 +50,7 @@ def sensitivity_bars(ax: Axes, table: Any) -> Axes:
       if name not in row.options:
         continue
       k = row.options.index(name)
-      if np.isfinite(table.values[i][k]) and (
-        table.values[i][k] > 0 or not log
-      ):
+      if np.isfinite(table.values[i][k]):
         at.append(i - 0.4 + (j + 0.5) * height)
         mean.append(table.values[i][k])
         error.append(np.nan_to_num(table.stderr[i][k]))
@@ -65,8 +64,10 @@ def sensitivity_bars(ax: Axes, table: Any) -> Axes:
       label=plots.literal(names[name]),
     )
   plots._site_axis(ax, [r.name for r in table.rows])
-  if log:
+  if log and (values[np.isfinite(values)] > 0).all():
     ax.set_xscale('log')
+  elif log:
+    ax.set_xscale('symlog', linthresh=1e-4 * np.nanmax(values))
   ax.set_xlabel(f'{table.metric} ({table.unit})')
   ax.legend(
     loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7

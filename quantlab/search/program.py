@@ -47,7 +47,8 @@ def split(
     raise ValueError(
       f'batch {index} has {len(args)} arrays; the last {targets} of them are '
       'targets, and at least one input must come before. batches is a list of '
-      'tuples (*inputs, *targets)'
+      'tuples (*inputs, *targets); task= says how many targets there are, such '
+      'as task=ql.quality.classification with labels'
     )
   batches_lib.refuse_empty(args, f'batch {index}')
   return args[: len(args) - targets], args[len(args) - targets :]

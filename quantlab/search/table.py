@@ -139,6 +139,24 @@ class Table:
         f'interactions are symmetric, ({size}, {size}); got {q.shape}'
       )
 
+  def __str__(self) -> str:
+    """Every row with the value of each option, and its standard error."""
+    lines = [f'{self.metric} ({self.unit}) of {len(self.rows)} rows']
+    for row, value, error in zip(
+      self.rows, self.values, self.stderr, strict=True
+    ):
+      cells = [
+        f'{o} {v:.3g} ± {e:.1g}'
+        for o, v, e in zip(row.options, value, error, strict=True)
+      ]
+      lines.append(f'  {row.name}: ' + ', '.join(cells))
+    if self.interactions is not None:
+      lines.append('  with what every two entries do jointly')
+    left = {k: v for k, v in self.fixed.items() if v}
+    if left:
+      lines.append(f'  not decided, and counted: {left}')
+    return '\n'.join(lines)
+
   @property
   def flat(self) -> tuple[tuple[int, int], ...]:
     """(row, option) of every entry, in order."""
