@@ -9,8 +9,14 @@ from experiments import allocated
 from quantlab import search
 from quantlab.quality import estimate, functions
 
-# More of these is better; the others are losses.
-_RISING = ('accuracy', 'spearman')
+# Less of these is better, as of what a table predicts.
+_LOSSES = (
+  'cross_entropy',
+  'perplexity',
+  'similarity_error',
+  'kl_mean',
+  'kl_p99',
+)
 
 
 def rows(
@@ -46,16 +52,18 @@ def rows(
       }
       if len(plans) < 4:
         continue
-      for key in [k for k in config.show if k not in _RISING]:
+      for key in [k for k in config.show if k in _LOSSES]:
         measured = np.array(
           [
-            np.mean([values[f'q/{name}/{n}/{key}'] for n in labels])
+            np.mean([values.get(f'q/{name}/{n}/{key}', np.nan) for n in labels])
             for name in plans.values()
           ]
         )
         for name, kind, table in _predictors(tables, encoder):
           predicted = np.array([table.predict(c) for c in plans])
           use = np.isfinite(predicted) & np.isfinite(measured)
+          if use.sum() < 4:
+            continue
           rank = estimate.bootstrap(
             functions.spearman, predicted[use], measured[use]
           )

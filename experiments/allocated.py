@@ -139,21 +139,26 @@ def judge(
       made = found[name]
       if made.choice not in measured:
         state = program.bits(program.choice(made.choice))
-        values = quality.assess(
-          work.apply,
-          work.params,
-          apply,
-          program.variables(work.params, state),
-          spaces.judged_on(config, work),
-          work.metric,
-        )
-        measured[made.choice] = quality.flat(values['quality']) | quality.flat(
-          values['contrast']
+        measured[made.choice] = _judged(
+          config, work, apply, program.variables(work.params, state)
         )
       folder.metrics.record(
         f'q/{name}/{label}',
         measured[made.choice] | {'nbytes': made.costs['bytes']},
       )
+
+
+def _judged(config, work, apply, variables) -> dict[str, Any]:
+  """Numbers of one plan; that it failed, if its outputs are no numbers."""
+  try:
+    values = quality.assess(
+      *(work.apply, work.params, apply, variables),
+      spaces.judged_on(config, work),
+      work.metric,
+    )
+  except quality.NonFiniteError:
+    return {'failed': 1}
+  return quality.flat(values['quality']) | quality.flat(values['contrast'])
 
 
 def _drawn(config: Any, work: models.Workload, seed: int) -> models.Workload:

@@ -1,5 +1,6 @@
 """Allocations by bisection to a quality (arXiv 2306.04879)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,18 +18,29 @@ def check(config: Any) -> None:
   for name, _ in config.get('bisected', ()):
     metric, *encoders = name.split('.')
     variants.check_name('metric in bisected=', metric, tuple(config.metrics))
+    if len(encoders) > 1:
+      raise variants.ConfigError(
+        f'bisected={name!r}: expected a table, or a table and one encoder, '
+        "such as 'hessian.gptq'"
+      )
     for each in encoders:
       allocated.encoder(each)
 
 
-def fits(config: Any, table: search.Table) -> None:
+def fits(config: Any, work: models.Workload, table: search.Table) -> None:
   """Whether the rows of a table can be lowered level by level.
 
   Raises:
-    ConfigError: they have different numbers of options.
+    ConfigError: they have different numbers of options; a metric that the
+      task does not have.
   """
   if not config.get('bisected', ()):
     return
+  known = spaces.metrics(config, work)
+  for name, _ in config.bisected:
+    variants.check_name(
+      'metric in bisected=', name.partition('.')[0], tuple(known)
+    )
   try:
     bisection.check_levels(table)
   except ValueError as error:
@@ -64,15 +76,13 @@ def allocations(
   found = {}
   for name, loss in config.get('bisected', ()):
     metric, *encoders = name.split('.')
-    if metric not in spaces.metrics(config, work):
-      continue
     table = tables.get(name, tables[metric])
     key = f'{loss:g} lost/{name}-bisected'
     if key not in kept:
       try:
         made = search.bisect(
           table,
-          measure(config, work, encoders),
+          _kept(folder, name, measure(config, work, encoders)),
           1 - loss,
           cost=config.cost,
         )
@@ -95,6 +105,25 @@ def allocations(
   for rows in sections(folder).values():
     report.print_rows(rows)
   return found
+
+
+def _kept(
+  folder: runtime.Workdir, name: str, measure: Callable[[Any], float]
+) -> Callable[[Any], float]:
+  """The measure, each result of which is kept: a kill loses one at most."""
+  file = 'bisection_measured.json'
+  kept = folder.read_json(file, {})
+  # NaN is text in JSON.
+  known = {tuple(c): float(q) for c, q in kept.get(name, ())}
+
+  def measured(choice):
+    if choice not in known:
+      known[choice] = measure(choice)
+      kept[name] = list(known.items())
+      folder.write_json(file, kept)
+    return known[choice]
+
+  return measured
 
 
 def sections(folder: runtime.Workdir) -> dict[str, list[dict[str, Any]]]:
@@ -122,18 +151,25 @@ def measure(
     config: of a search.
     work: its model.
     encoders: as `allocated.measure` has it.
+
+  Returns:
+    The function; NaN where outputs are no numbers. It raises a ConfigError
+    where the float model has no quality of which a share could be kept.
   """
   program = allocated.program(config, work, encoders)
   apply = program.simulated()
 
   def measured(choice):
     state = program.bits(program.choice(choice))
-    found = quality.assess(
-      *(work.apply, work.params),
-      *(apply, program.variables(work.params, state)),
-      spaces.measured_on(config, work),
-      work.metric,
-    )
+    try:
+      found = quality.assess(
+        *(work.apply, work.params),
+        *(apply, program.variables(work.params, state)),
+        spaces.measured_on(config, work),
+        work.metric,
+      )
+    except quality.NonFiniteError:
+      return math.nan
     return _share(found, work.metric.primary)
 
   return measured
@@ -145,4 +181,9 @@ def _share(found: Mapping[str, Any], primary: str) -> float:
   now, before = (
     found[part][primary].value for part in ('quality', 'reference')
   )
+  if not before > 0:
+    raise variants.ConfigError(
+      f'the {primary} of the float model is {before:g} on the batches of the '
+      'tables: expected a positive one, of which a share can be kept'
+    )
   return before / now if primary == 'perplexity' else now / before

@@ -155,6 +155,11 @@ def _rows(config, folder, found) -> list[dict[str, Any]]:
     if made.method != 'uniform':  # which is of no table
       row['predicted'] = made.value
     for encoder in config.encoders:
+      failed = sum(
+        f'q/{name}/{encoder}/{s}/failed' in values for s in range(config.seeds)
+      )
+      if failed:  # of calibration seeds
+        row[f'{encoder} failed, NaN or infinite'] = failed
       for key in config.show:
         each = [
           values[f'q/{name}/{encoder}/{s}/{key}']

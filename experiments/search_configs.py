@@ -194,6 +194,10 @@ def check(config: Any) -> None:
     for each in encoder:
       allocated.encoder(each)
     variants.check_name('method', method, search.METHODS)
+  if config.seed + config.draws > 2**31:
+    fields.refuse(
+      'seed', config.seed, f'2^31 - {config.draws} (draws=) at most'
+    )
   measured.check(config)
   bisected.check(config)
   for each in config.encoders:
@@ -257,7 +261,7 @@ def fits(config: Any, work: models.Workload) -> None:
         f'rows have at most {most}; expected 0 to {most - 2}'
       )
   decoupled.check(config, table, names)
-  bisected.fits(config, table)
+  bisected.fits(config, work, table)
   for name in config.show:
     variants.check_name('number in show=', name, _numbers(work))
 

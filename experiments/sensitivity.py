@@ -142,7 +142,7 @@ def _correlations(tables, truth) -> list[dict[str, Any]]:
   """Spearman of every metric with the truth: all entries, and by option."""
   table = next(iter(tables.values()))
   labels = np.array([table.rows[i].options[k] for i, k in table.flat])
-  true = np.array([v for v, _ in truth['alone']])
+  true = _measured(truth['alone'])
   rows = []
   for name, found in tables.items():
     value = np.concatenate(found.values)
@@ -175,11 +175,13 @@ def _explained(tables, truth) -> list[dict[str, Any]]:
     for name, table in tables.items():
       measured = truth['joint'][kind]
       true = measured.get(name, measured[truth['objective']])
-      true = np.array([v for v, _ in true])
-      use = np.isfinite(true)
+      true = _measured(true)
+      plain = _predictions(search.additive(table), plans)
+      # A row without a value for an option leaves out all plans that have it.
+      use = np.isfinite(true) & np.isfinite(plain)
       if use.sum() < 3:
         continue
-      plain = _predictions(search.additive(table), plans)[use]
+      plain = plain[use]
       for terms, q in _cross_terms(name, tables):
         whole = dataclasses.replace(table, interactions=q)
         predicted = _predictions(whole, plans)[use]
@@ -194,7 +196,12 @@ def _explained(tables, truth) -> list[dict[str, Any]]:
         if name not in (*measured, 'fisher', 'hessian'):
           # Of another unit, only the order can be compared.
           fit = {k: v for k, v in fit.items() if not k.startswith('R2')}
-        head = {'plans': kind, 'table': name, 'interactions': terms}
+        head = {
+          'plans': kind,
+          'table': name,
+          'interactions': terms,
+          'n': int(use.sum()),
+        }
         rows.append(head | fit)
   return rows
 
@@ -225,6 +232,11 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float:
   a, b = a - a.mean(), b - b.mean()
   norms = np.sqrt((a * a).sum() * (b * b).sum())
   return float((a * b).sum() / norms) if norms > 0 else float('nan')
+
+
+def _measured(pairs) -> np.ndarray:
+  """Values of (value, standard error); NaN is text in JSON."""
+  return np.array([float(v) for v, _ in pairs])
 
 
 def _predictions(table: search.Table, plans) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Quality with its spread: metrics, evaluation, comparison with float."""
 
 from quantlab.quality.estimate import Estimate as Estimate
+from quantlab.quality.evaluate import NonFiniteError as NonFiniteError
 from quantlab.quality.evaluate import assess as assess
 from quantlab.quality.evaluate import compare as compare
 from quantlab.quality.evaluate import evaluate as evaluate

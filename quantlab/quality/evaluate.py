@@ -13,6 +13,10 @@ from quantlab.quality import metric as metrics
 Apply = Callable[..., jax.Array]
 
 
+class NonFiniteError(ValueError):
+  """Outputs that are no numbers."""
+
+
 def evaluate(
   apply: Apply,
   params: Any,
@@ -31,8 +35,9 @@ def evaluate(
     `{name: Estimate}`, e.g. `accuracy` and `cross_entropy`.
 
   Raises:
-    ValueError: no batch; NaN or infinite outputs, or labels that are no class
-      (the batch and the examples are named).
+    NonFiniteError: NaN or infinite outputs (the batch and the examples are
+      named).
+    ValueError: no batch; labels that are no class (named likewise).
     TypeError: a batch or an output of the wrong kind.
   """
   step = _cached(_judging, apply, _metric(metric), ('quality',))
@@ -236,7 +241,8 @@ def _fetch(device: Any, i: int) -> dict[str, metrics.Stats]:
   """Statistics on the host; refuses a batch that went wrong."""
   host = jax.tree.map(np.asarray, device)
   for model, finite in host.pop('finite').items():
-    _refuse(~finite, f'NaN or infinite outputs of the {model}', i)
+    what = f'NaN or infinite outputs of the {model}'
+    _refuse(~finite, what, i, NonFiniteError)
   for part in host.values():
     if 'fit' in part:
       fit = part.pop('fit')
@@ -245,10 +251,12 @@ def _fetch(device: Any, i: int) -> dict[str, metrics.Stats]:
   return host
 
 
-def _refuse(bad: np.ndarray, what: str, i: int) -> None:
+def _refuse(
+  bad: np.ndarray, what: str, i: int, error: type[ValueError] = ValueError
+) -> None:
   if bad.any():
     rows = np.flatnonzero(bad)
     shown = ', '.join(map(str, rows[:5])) + (', ...' if len(rows) > 5 else '')
-    raise ValueError(
+    raise error(
       f'{what} in batch {i}: {len(rows)} of {len(bad)} examples (rows {shown}).'
     )

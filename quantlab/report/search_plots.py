@@ -68,7 +68,7 @@ def sensitivity_bars(ax: Axes, table: Any) -> Axes:
     ax.set_xscale('log')
   elif log:
     ax.set_xscale('symlog', linthresh=1e-4 * np.nanmax(values))
-  ax.set_xlabel(f'{table.metric} ({table.unit})')
+  ax.set_xlabel(plots.literal(f'{table.metric} ({table.unit})'))
   ax.legend(
     loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
   )
@@ -111,8 +111,8 @@ def front(
   top = max([*values, *(y for _, y in points.values())])
   if top > 0:  # a few very bad choices would hide all others
     ax.set_yscale('symlog', linthresh=1e-4 * top)
-  ax.set_xlabel(cost)
-  ax.set_ylabel(value)
+  ax.set_xlabel(plots.literal(cost))
+  ax.set_ylabel(plots.literal(value))
   ax.grid(alpha=0.25)
   ax.legend(
     loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7
@@ -179,7 +179,7 @@ def progress(
       label=plots.literal(name),
     )
   ax.set_xlabel('trials')
-  ax.set_ylabel(value)
+  ax.set_ylabel(plots.literal(value))
   ax.grid(alpha=0.25)
   ax.legend(frameon=False, fontsize=7)
   plots._bare(ax)

@@ -13,6 +13,10 @@ from quantlab.runtime import files
 Value = float | int | str | bool | None
 
 
+# What JSON has no numbers for, as `files.dumps` writes it.
+_NUMBERS: dict[Value, Value] = {s: float(s) for s in ('nan', 'inf', '-inf')}
+
+
 class Metrics:
   """Flat `prefix/name` -> value, kept in `metrics.json`.
 
@@ -30,7 +34,8 @@ class Metrics:
     self._events: Any = None
     self.values: dict[str, Value] = {}
     if self._path.exists():
-      self.values = files.read_json(self._path)
+      kept = files.read_json(self._path)
+      self.values = {k: _NUMBERS.get(v, v) for k, v in kept.items()}
 
   def __contains__(self, prefix: str) -> bool:
     """Whether `record(prefix, ...)` was completed."""

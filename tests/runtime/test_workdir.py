@@ -135,6 +135,14 @@ def test_metrics_replace_a_prefix_whole_and_write_events(tmp_path):
   assert any((tmp_path / 'events').iterdir())
 
 
+def test_metrics_read_back_what_json_has_no_numbers_for(tmp_path):
+  with runtime.Workdir(tmp_path, _CONFIG) as w:
+    w.metrics.record('q', {'a': float('nan'), 'b': -np.inf})
+  with runtime.Workdir(tmp_path, _CONFIG) as w:
+    assert np.isnan(w.metrics.values['q/a'])
+    assert w.metrics.values['q/b'] == -np.inf
+
+
 def test_metrics_refuse_arrays_and_nothing(tmp_path):
   with runtime.Workdir(tmp_path, _CONFIG) as w:
     with pytest.raises(TypeError, match="metric 'a'"):
