@@ -68,6 +68,15 @@ def test_json_round_trip_behaves_the_same(model):
   np.testing.assert_array_equal(a(variables, X), b(variables, X))
 
 
+def test_a_file_of_several_plans_is_no_plan():
+  plan = ql.plan(lambda p, x: x @ p['out'], PARAMS, ql.int8(), normal(3, 4, 12))
+  kept = {'int8/uniform': plan.to_json(), 'int4/kl-dp': plan.to_json()}
+  with pytest.raises(ValueError, match=r"pass one: data\['int8/uniform'\]"):
+    ql.Plan.from_json(kept)
+  with pytest.raises(ValueError, match='this is no plan, which has sites'):
+    ql.Plan.from_json({})
+
+
 def test_state_matches_its_abstract_self(model):
   def kind(x):
     return jnp.shape(x), jnp.result_type(x)

@@ -1,6 +1,7 @@
 """Arguments of a wrong kind are named, with what was expected."""
 
 import json
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -124,3 +125,23 @@ def test_other_masks_are_refused():
       use(LOGITS, LABELS, jnp.full((2, 3), jnp.nan))
     with pytest.raises(ValueError, match='shape of the labels'):
       use(LOGITS, LABELS, jnp.ones((2,), bool))
+
+
+def test_a_table_says_what_it_holds():
+  whole = dataclasses.replace(
+    TABLE, fixed={'bytes': 7.0}, interactions=np.zeros((6, 6))
+  )
+  lines = str(whole).splitlines()
+  assert lines[0] == 'kl (nats) of 3 rows'
+  assert lines[1] == '  r0: a 1 ± 0, b 0 ± 0'
+  assert len(lines) == 6
+  assert lines[-2:] == [
+    '  with what every two entries do jointly',
+    "  not decided, and counted: {'bytes': 7.0}",
+  ]
+
+
+def test_training_takes_a_plan():
+  found = ql.allocate(TABLE, 5)
+  with pytest.raises(TypeError, match='an allocation, becomes one: ql.plan'):
+    ql.qat(lambda p, x: x, found)
