@@ -69,7 +69,7 @@ def test_json_round_trip_behaves_the_same(model):
 
 
 def test_a_file_of_several_plans_is_no_plan():
-  plan = ql.plan(lambda p, x: x @ p['out'], PARAMS, ql.int8(), normal(3, 4, 12))
+  plan = ql.plan(apply, PARAMS, RULES, X)
   kept = {'int8/uniform': plan.to_json(), 'int4/kl-dp': plan.to_json()}
   with pytest.raises(ValueError, match=r"pass one: data\['int8/uniform'\]"):
     ql.Plan.from_json(kept)

@@ -1,7 +1,7 @@
 """Arguments of a wrong kind are named, with what was expected."""
 
-import json
 import dataclasses
+import json
 import math
 
 import jax.numpy as jnp
@@ -143,5 +143,5 @@ def test_a_table_says_what_it_holds():
 
 def test_training_takes_a_plan():
   found = ql.allocate(TABLE, 5)
-  with pytest.raises(TypeError, match='an allocation, becomes one: ql.plan'):
+  with pytest.raises(TypeError, match='an allocation, becomes one'):
     ql.qat(lambda p, x: x, found)
