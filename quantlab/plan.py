@@ -358,11 +358,11 @@ class Plan:
     """
     if 'sites' not in data:
       several = [k for k, v in data.items() if 'sites' in (v or ())]
+      hint = ''
+      if several:
+        hint = f'; of the plans in it pass one: data[{several[0]!r}]'
       raise ValueError(
-        'this is no plan, which has sites; it has '
-        f'{sorted(data)[:5]}'
-        + f'; of the plans in it pass one: data[{several[0]!r}]'
-        * bool(several)
+        f'this is no plan, which has sites; it has {sorted(data)[:5]}{hint}'
       )
     found = [SitePlan.from_json(s) for s in data['sites']]
     return cls(
