@@ -1,8 +1,8 @@
 """What a plan costs: bytes, products, energy, time, memory; from shapes alone.
 
-Each model but `peak_memory` takes a plan and gives a number for every site,
-so that the costs of a plan add up over its sites and may enter an allocation
-(`ql.allocate`).
+`nbytes`, `macs`, `bops`, `energy` and a `LatencyTable` take a plan and give a
+number for every site, so that the costs of a plan add up over its sites and may
+enter an allocation (`ql.allocate`); `peak_memory` takes a function.
 """
 
 from quantlab.cost.compute import Energy as Energy

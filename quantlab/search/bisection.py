@@ -66,6 +66,10 @@ def bisect(
     TypeError: no table.
   """
   check_table('bisect', table)
+  if not callable(measure):
+    raise TypeError(
+      f'measure is a function of a choice that gives a number, got {measure!r}'
+    )
   check_name('cost', cost, table.costs)
   target = check_number('the target', target)
   check_levels(table)
@@ -82,7 +86,13 @@ def bisect(
   def quality(candidate: Sequence[int]) -> float:
     key = tuple(candidate)
     if key not in seen:
-      seen[key] = float(measure(key))
+      found = measure(key)
+      if isinstance(found, str) or np.ndim(found) != 0 or found is None:
+        raise TypeError(
+          f'measure({key}) is the quality of that choice: expected one number, '
+          f'got {found!r}'
+        )
+      seen[key] = float(found)
     return seen[key]
 
   best = quality(choice)

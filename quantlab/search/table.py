@@ -489,7 +489,7 @@ def check_number(what: str, x: Any) -> float:
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> str:
   """The name, if it is known."""
-  if name not in known:
+  if not isinstance(name, str) or name not in known:
     raise ValueError(f'unknown {kind} {name!r}; known: {sorted(known)}')
   return name
 

@@ -145,3 +145,16 @@ def test_training_takes_a_plan():
   found = ql.allocate(TABLE, 5)
   with pytest.raises(TypeError, match='an allocation, becomes one'):
     ql.qat(lambda p, x: x, found)
+
+
+@pytest.mark.parametrize('quality', [None, '5', [1.0], np.ones(2)])
+def test_the_quality_of_a_choice_is_one_number(quality):
+  with pytest.raises(TypeError, match='expected one number, got'):
+    search.bisect(TABLE, lambda choice: quality, 0.5)
+
+
+def test_what_a_bisection_is_given():
+  with pytest.raises(TypeError, match='measure is a function of a choice'):
+    search.bisect(TABLE, None, 0.5)
+  with pytest.raises(ValueError, match=r"unknown cost \['bytes'\]"):
+    search.bisect(TABLE, sum, 0.5, cost=['bytes'])
