@@ -137,7 +137,7 @@ def count(what: str, least: int) -> Field:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and least <= value < 2**31
 
-  return Field(f'{what}: a whole number, at least {least}', fits)
+  return Field(f'{what}: a whole number, at least {least} and below 2^31', fits)
 
 
 def names(what: str, *, empty: bool = False) -> Field:

@@ -34,7 +34,7 @@ from experiments import (
 from quantlab import report, runtime, search
 from quantlab.report import plots, search_plots
 from quantlab.runtime import files
-from quantlab.search import objectives, storages
+from quantlab.search import objectives, storages, study
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -70,17 +70,17 @@ def run(
   seed: int | None = None,
 ) -> list[dict[str, Any]]:
   """One worker's part; returns the front as rows."""
-  _check(config, trials, sampler, source, seed)
+  _check(config, storage, trials, sampler, source, seed)
   if not search_configs.ready(config):
     return []
   kept = _kept(config, workdir)
   variants.check_name('metric', metric, tuple(kept))
   runtime.make_writable(epath.Path(workdir) / 'refined')
-  storages.reach(storage)
   if source is not None:
     shapes = spaces.shapes(config)
     assert shapes is not None  # they were, when `ready` looked
     search.trials_of(source, spaces.unmeasured(config, shapes), 2)
+  study.check_about(storage, about(config))
   work = spaces.workload(config)
   table = search.additive(
     spaces.read_tables(f'{workdir}/tables.json', kept, work)[metric]
@@ -94,6 +94,7 @@ def run(
     # What a design is for, a source knows.
     first=16 if source is None else 0,
     known={'bytes': table.cost},
+    about=about(config),
     source=source,
     seed=config.seed if seed is None else seed,
   )
@@ -117,10 +118,20 @@ def run(
     )
     files.write_json(f'{workdir}/refined/{i}/plan.json', plan.to_json())
   how = {'sampler': sampler, 'seed': seed, 'metric': metric}
-  if source is not None:  # the URL of a database may have a password before @
-    how['source'] = str(source).rpartition('@')[2]
+  if source is not None:
+    how['source'] = storages.shown(source)
   files.write_json(f'{workdir}/refined/refined.json', how | results(made))
   return _shown(config, workdir, made, sampler, starts(config, table.floored()))
+
+
+def about(config: Any) -> dict[str, Any]:
+  """What a study of a config measures, beyond rows, costs and parameters."""
+  names = (
+    *('model', 'seed', 'choices', 'distilled', 'calibration', 'evaluation'),
+    *('batch_size', 'batches', 'judged', 'alternate'),
+  )
+  values = config.to_dict()
+  return {name: values[name] for name in names}
 
 
 def starts(config: Any, table: search.Table) -> list[tuple[int, ...]]:
@@ -204,17 +215,28 @@ def _front(made, rows, measured, begun) -> plots.Figure:
   return figure
 
 
-def _check(config, trials, sampler, source, seed) -> None:
+def _check(config, storage, trials, sampler, source, seed) -> None:
   """The arguments alone."""
   fields.check_launcher(config, 'refine')
-  if not isinstance(trials, int) or trials < 1:
-    fields.refuse('trials', trials, 'a whole number of them, at least 1')
-  if seed is not None and not (type(seed) is int and 0 <= seed < 2**31):
-    fields.refuse('seed', seed, 'a whole number, at least 0')
-  variants.check_name('sampler', sampler, search.SAMPLERS)
-  if source is not None and sampler != 'predicted':
+  if not (type(trials) is int and 1 <= trials < 2**31):
     fields.refuse(
-      'source', source, f"none with sampler={sampler!r}: 'predicted' learns"
+      'trials', trials, 'a whole number of them, at least 1 and below 2^31'
+    )
+  if seed is not None and not (type(seed) is int and 0 <= seed < 2**31):
+    fields.refuse('seed', seed, 'a whole number, at least 0 and below 2^31')
+  variants.check_name('sampler', sampler, search.SAMPLERS)
+  if source is None:
+    return
+  if not source:
+    fields.refuse(
+      'source', source, 'the storage of a finished refinement, or no --source'
+    )
+  storages.check_source(source, storage)
+  if sampler != 'predicted':
+    fields.refuse(
+      'source',
+      storages.shown(source),
+      f"none with sampler={sampler!r}: 'predicted' learns",
     )
 
 

@@ -34,6 +34,13 @@ def space(config: Any) -> search.Table:
   return search.Table(rows, zeros, zeros, {}, 'setting', '')
 
 
+def about(config: Any) -> dict[str, Any]:
+  """What a study of a config measures, beyond the labels of its options."""
+  names = ('model', 'seed', 'evaluation', 'batches', 'batch_size', 'settings')
+  values = config.to_dict()
+  return {name: values[name] for name in names}
+
+
 def one_by_one(config: Any) -> list[dict[str, str]]:
   """Labels of choices: every option once or more, beside the first others."""
   names = {name: list(options) for name, options in config.settings.items()}

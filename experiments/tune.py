@@ -30,7 +30,7 @@ from experiments import (
 from quantlab import models, quality, report, runtime, search
 from quantlab.report import plots, search_plots
 from quantlab.runtime import files
-from quantlab.search import storages
+from quantlab.search import samplers, storages
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -82,16 +82,12 @@ def _work(
 
 def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
   """One worker's part; returns the best settings and their accuracy's loss."""
-  fields.check_launcher(config, 'tune')
-  if not isinstance(trials, int) or trials < 1:
-    fields.refuse('trials', trials, 'a whole number of them, at least 1')
-  search_configs.check_settings(config)
+  _check(config, trials)
   shapes = spaces.shapes(config)
   if shapes is None:
     return {}
   search_configs.settings_fit(config, shapes)
   _sign(workdir, config)
-  storages.reach(storage)
   table = settings.space(config)
   made = search.Study(
     table,
@@ -99,6 +95,7 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
     ('accuracy_loss',),
     sampler=config.sampler,
     first=config.first,
+    about=settings.about(config),
     seed=config.seed,
   )
   made.run(functools.partial(measure, config, table), trials)
@@ -111,7 +108,7 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
   if not measured:
     raise ValueError(
       f'none of {len(rows)} trials measured as a number: see the reasons in '
-      f'{storage!r}, or begin another study'
+      f'{storages.shown(storage)!r}, or begin another study'
     )
   best = min(measured, key=lambda r: r['accuracy_loss'])
   files.write_json(f'{workdir}/best.json', best)
@@ -130,6 +127,22 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
   print(made.counts())
   report.print_rows([best])
   return best
+
+
+def _check(config: Any, trials: Any) -> None:
+  """The arguments alone."""
+  fields.check_launcher(config, 'tune')
+  if not (type(trials) is int and 1 <= trials < 2**31):
+    fields.refuse(
+      'trials', trials, 'a whole number of them, at least 1 and below 2^31'
+    )
+  search_configs.check_settings(config)
+  if config.first > samplers.MOST_FIRST:
+    fields.refuse(
+      'first',
+      config.first,
+      f'trials of a design, before the sampler: at most {samplers.MOST_FIRST}',
+    )
 
 
 def _sign(workdir: str, config: Any) -> None:

@@ -14,6 +14,7 @@ from scipy.stats import qmc
 from quantlab.search import predict
 
 Choice = tuple[int, ...]
+MOST_FIRST = 2**16  # trials of a design, whose points are held in memory
 _POPULATION = 20  # of the search on predictors
 
 
@@ -34,9 +35,12 @@ class Designed(optuna.samplers.BaseSampler):
 
   Args:
     sizes: options of every row, by name.
-    first: trials of the design.
+    first: trials of the design, up to `MOST_FIRST`.
     inner: makes the trials after it.
     seed: of the scrambling.
+
+  Raises:
+    ValueError: the design is too long.
   """
 
   def __init__(
@@ -46,6 +50,10 @@ class Designed(optuna.samplers.BaseSampler):
     inner: optuna.samplers.BaseSampler,
     seed: int = 0,
   ):
+    if first > MOST_FIRST:
+      raise ValueError(
+        f'first={first!r}: expected at most {MOST_FIRST} trials of a design'
+      )
     self.sizes, self.first, self.inner = dict(sizes), first, inner
     sobol = qmc.Sobol(len(self.sizes), rng=np.random.default_rng(seed))
     points = sobol.random_base2(max(first - 1, 1).bit_length())

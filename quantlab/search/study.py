@@ -8,7 +8,9 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
 import os
 import re
 import time
@@ -19,11 +21,19 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from quantlab import runtime
+from quantlab.runtime import files, manifest
 from quantlab.search import predict, samplers, storages
-from quantlab.search.table import Table, check_count, check_name, check_table
+from quantlab.search.table import (
+  Table,
+  check_count,
+  check_name,
+  check_number,
+  check_table,
+)
 
 Choice = tuple[int, ...]
 SAMPLERS = ('nsga2', 'predicted', 'random')
@@ -41,8 +51,12 @@ class Study:
     objectives: names of what is minimized.
     name: of the study in the storage.
     sampler: 'nsga2', 'predicted' (NSGA-II on boosted trees) or 'random'.
-    first: trials of a Sobol design before the sampler's own.
-    known: objectives that need no measurement to predict: `choice -> value`.
+    first: trials of a Sobol design before the sampler's own, up to 2^16.
+    known: objectives that need no measurement to predict: `choice -> value`,
+      finite.
+    about: what is measured, beyond the table: data, settings, seeds; JSON-able.
+      A study that was begun with another is refused, whose measurements would
+      be mixed with these.
     source: storage of a study of this name over the same rows and options: of
       another training or encoder, or by a cheaper measure. Its trials train
       the predictors of 'predicted', objective by objective in order, and those
@@ -54,10 +68,12 @@ class Study:
       repeatable.
 
   Raises:
-    ValueError: the storage cannot be reached, or holds a study of another
-      space under this name; the source is not there, of other rows or
-      options, or without finished trials; a worker of this name is running;
-      names or numbers that cannot be used.
+    ValueError: the storage cannot be reached, is a file of something else, or
+      holds a study of another space, or about something else, under this name;
+      the source is the storage itself, is not there, of other rows or options,
+      or without finished trials; a worker of this name is running; what is
+      known is no number; names or numbers that cannot be used.
+    TypeError: arguments of another kind.
   """
 
   def __init__(
@@ -70,6 +86,7 @@ class Study:
     sampler: str = 'nsga2',
     first: int = 16,
     known: Mapping[str, Callable[[Choice], float]] | None = None,
+    about: Mapping[str, Any] | None = None,
     source: str | os.PathLike | None = None,
     seed: int = 0,
     worker: str | None = None,
@@ -82,55 +99,64 @@ class Study:
     _check_names(name, objectives, worker)
     check_count('first', first, 0)
     check_count('seed', seed, 0)
-    for each, f in (known or {}).items():
-      check_name('objective in known=', each, objectives)
-      if not callable(f):
-        raise TypeError(
-          f'known= has a function of a choice for each name, got {f!r} for '
-          f'{each!r}'
-        )
+    exact = _checked(known, objectives, (0,) * len(table.rows))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     self.table, self.objectives = table, tuple(objectives)
+    self.about = _jsonable(about)
     self.sizes = {r.name: len(r.options) for r in table.rows}
     self.worker = uuid.uuid4().hex if worker is None else worker
     # A worker that was killed may come back under its name.
     self._life = uuid.uuid4().hex
     past = None
     if source is not None:
+      storages.check_source(source, storage)
       if sampler != 'predicted':
         raise ValueError(
-          f'source={os.fspath(source)!r} trains predictors, and '
+          f'source={storages.shown(source)!r} trains predictors, and '
           f"sampler={sampler!r} has none: 'predicted' has"
         )
       past = trials_of(source, table, len(self.objectives), name)
+    made = self._sampler(sampler, first, exact, past, seed)
+    self._storage = storage
+    self.study = self._open(name, made)
     self._locks = storages.locks(storage)
-    made = self._sampler(sampler, first, dict(known or {}), past, seed)
-    shown, reached = os.fspath(storage), storages.reach(storage)
+    self._lock = self._sign()
+
+  def _open(self, name: str, sampler: Any) -> optuna.Study:
+    """The study in its storage, begun here or there."""
+    shown, reached = (
+      storages.shown(self._storage),
+      storages.reach(self._storage),
+    )
     try:
-      self.study = optuna.create_study(
+      made = optuna.create_study(
         study_name=name,
         storage=reached,
         directions=['minimize'] * len(self.objectives),
-        sampler=made,
+        sampler=sampler,
         load_if_exists=True,
       )
-      found = self.study.user_attrs.get('space')
-      if found is None:
-        self.study.set_user_attr('rows', _options(table))
-        self.study.set_user_attr('space', self._fingerprint())
+      found = made.user_attrs
+      if 'space' not in found:
+        made.set_user_attr('rows', _options(self.table))
+        if self.about is not None:
+          made.set_user_attr('about', self.about)
+        made.set_user_attr('space', self._fingerprint())
+        return made
     except ValueError as error:
       raise ValueError(
         f'the study {name!r} in {shown!r} cannot be opened: {error}'
       ) from error
     except Exception as error:  # of the driver of any database
-      raise storages.unreachable(storage, error) from error
-    if found not in (None, self._fingerprint()):
+      raise storages.unreachable(self._storage, error) from error
+    _check_about(found, self.about, f'the study {name!r} in {shown!r}')
+    if found['space'] != self._fingerprint():
       raise ValueError(
         f'the study {name!r} in {shown!r} is of another space: its rows, '
         'options, costs, model or objectives are not these. Give another name, '
         'or the table that it was begun with'
       )
-    self._lock = self._sign()
+    return made
 
   def run(
     self,
@@ -151,7 +177,8 @@ class Study:
 
     Raises:
       ValueError: a start is no choice; a measurement has not as many numbers
-        as there are objectives; `trials` is no number of trials.
+        as there are objectives; `trials` is no number of trials; the storage
+        fails, after which the study goes on when run again.
       TypeError: `measure` cannot be called.
     """
     if not callable(measure):
@@ -161,32 +188,46 @@ class Study:
     check_count('trials', trials, 1)
     for choice in starts:
       self.table.check_choice(choice)
-    for choice in starts:
-      params = dict(zip(self.sizes, map(int, choice), strict=True))
-      self.study.enqueue_trial(params, skip_if_exists=True)
+    try:
+      with storages.guarded(self._storage):
+        for choice in starts:
+          params = dict(zip(self.sizes, map(int, choice), strict=True))
+          self.study.enqueue_trial(params, skip_if_exists=True)
+        while self.counts()['finished'] < trials:
+          self.reclaim()
+          self.study.optimize(
+            functools.partial(self._trial, measure), n_trials=1
+          )
+    except ValueError:
+      # What a failing storage left running is of a life that is over.
+      self._life = uuid.uuid4().hex
+      raise
 
-    def objective(trial):
+  def _trial(self, measure: Callable[[Choice], Any], trial: Any) -> Any:
+    """Measures what a trial asks for."""
+    try:
       trial.set_user_attr('worker', self.worker)
       trial.set_user_attr('life', self._life)
       choice = tuple(
         trial.suggest_int(n, 0, k - 1) for n, k in self.sizes.items()
       )
-      try:
-        values = self._numbers(measure(choice))
-      except Exception as error:
-        trial.set_user_attr('values', [repr(error)])
-        raise
-      except BaseException:  # stopped from the keyboard: measured again
-        trial.set_user_attr('killed', True)
-        raise
-      if not np.isfinite(values).all():
-        trial.set_user_attr('values', [str(v) for v in values])
-        values = [float('nan')] * len(values)
-      return values if len(values) > 1 else values[0]
+      return self._measured(measure, trial, choice)
+    except StorageInternalError as error:
+      raise storages.Broken from error
 
-    while self.counts()['finished'] < trials:
-      self.reclaim()
-      self.study.optimize(objective, n_trials=1)
+  def _measured(self, measure, trial, choice) -> float | list[float]:
+    try:
+      values = self._numbers(measure(choice))
+    except Exception as error:
+      trial.set_user_attr('values', [repr(error)])
+      raise
+    except BaseException:  # stopped from the keyboard: measured again
+      trial.set_user_attr('killed', True)
+      raise
+    if not np.isfinite(values).all():
+      trial.set_user_attr('values', [str(v) for v in values])
+      values = [float('nan')] * len(values)
+    return values if len(values) > 1 else values[0]
 
   def _numbers(self, found: Any) -> list[float]:
     """A measurement: as many numbers as there are objectives."""
@@ -252,7 +293,7 @@ class Study:
     found = dict.fromkeys(
       ('complete', 'failed', 'killed', 'running', 'waiting'), 0
     )
-    for t in self.study.get_trials(deepcopy=False):
+    for t in self._trials():
       if t.state == TrialState.COMPLETE:
         found['complete'] += 1
       elif t.state == TrialState.RUNNING:
@@ -269,7 +310,7 @@ class Study:
     """Finished trials in order; None where one failed."""
     return [
       (self._choice(t), tuple(t.values) if done else None)
-      for t in self.study.get_trials(deepcopy=False)
+      for t in self._trials()
       if (done := t.state == TrialState.COMPLETE)
       or (t.state.is_finished() and 'values' in t.user_attrs)
     ]
@@ -278,29 +319,36 @@ class Study:
     """How long each finished trial took, in the order of `history`."""
     return [
       t.duration.total_seconds() if t.duration else 0.0
-      for t in self.study.get_trials(deepcopy=False)
+      for t in self._trials()
       if t.state == TrialState.COMPLETE
       or (t.state.is_finished() and 'values' in t.user_attrs)
     ]
 
   def best(self) -> list[tuple[Choice, tuple[float, ...]]]:
     """Choices that none beats in all objectives, sorted by the first."""
-    found = {self._choice(t): tuple(t.values) for t in self.study.best_trials}
+    with storages.guarded(self._storage):
+      best = self.study.best_trials
+    found = {self._choice(t): tuple(t.values) for t in best}
     return sorted(found.items(), key=lambda pair: pair[1])
+
+  def _trials(self) -> list[Any]:
+    with storages.guarded(self._storage):
+      return self.study.get_trials(deepcopy=False)
 
   def _choice(self, trial: Any) -> Choice:
     return tuple(trial.params[n] for n in self.sizes)
 
   def _fingerprint(self) -> str:
     table = self.table.to_json()
-    return runtime.fingerprint(
-      {
-        'rows': table['rows'],
-        'costs': table['costs'],
-        'model': self.table.model,
-        'objectives': list(self.objectives),
-      }
-    )
+    identity = {
+      'rows': table['rows'],
+      'costs': table['costs'],
+      'model': self.table.model,
+      'objectives': list(self.objectives),
+    }
+    if self.about is not None:
+      identity['about'] = self.about
+    return runtime.fingerprint(identity)
 
   def _sampler(self, word, first, known, past, seed):
     # No two workers draw the same.
@@ -333,7 +381,10 @@ class Study:
     """A file that stays locked as long as this process lives."""
     if self._locks is None:
       return None
-    lock = open(self._locks / self.worker, 'w')  # noqa: SIM115 (held open)
+    try:
+      lock = open(self._locks / self.worker, 'w')  # noqa: SIM115 (held open)
+    except OSError as error:
+      raise storages.unreachable(self._storage, error) from error
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -360,19 +411,21 @@ def trials_of(
     name: of that study.
 
   Raises:
-    ValueError: there is no such study, it is of other rows, options or
-      objectives, or has fewer than two completed trials.
+    ValueError: there is no such study, it cannot be read, is of other rows,
+      options or objectives, or has fewer than two completed trials.
     TypeError: the storage is no path and no URL.
   """
-  storages.check(storage)
-  source = f'source={os.fspath(storage)!r}'
+  storages.check(storage, 'source')
+  source = f'source={storages.shown(storage)!r}'
   if not storages.exists(storage):
     raise ValueError(
       f'{source} is not there: expected the storage of a finished study over '
       'the same rows and options'
     )
   try:
-    found = optuna.load_study(study_name=name, storage=storages.reach(storage))
+    with storages.guarded(storage):
+      found = optuna.load_study(study_name=name, storage=storages.read(storage))
+      complete = found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
   except KeyError as error:
     raise ValueError(f'{source} holds no study {name!r}') from error
   theirs, mine = found.user_attrs.get('rows'), _options(table)
@@ -389,13 +442,85 @@ def trials_of(
       f'{source} is a study of {len(found.directions)} objectives, expected '
       f'{objectives}'
     )
-  complete = found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
   if len(complete) < 2:
     raise ValueError(
       f'{source} has {len(complete)} completed trials, and predictors are '
       'trained on two at least: finish that study first'
     )
   return [(tuple(t.params[n] for n in mine), tuple(t.values)) for t in complete]
+
+
+def check_about(
+  storage: str | os.PathLike, about: Mapping[str, Any], name: str = 'search'
+) -> None:
+  """Refuses a study about something else, before any work for its table.
+
+  Args:
+    storage: of the study; opened as a worker does.
+    about: what is to be measured, as `Study` has it.
+    name: of the study, which may not be there yet.
+
+  Raises:
+    ValueError: says what differs; the storage cannot be reached.
+  """
+  reached = storages.reach(storage)
+  with storages.guarded(storage), contextlib.suppress(KeyError):
+    found = optuna.load_study(study_name=name, storage=reached).user_attrs
+    where = f'the study {name!r} in {storages.shown(storage)!r}'
+    if 'space' in found:
+      _check_about(found, _jsonable(about), where)
+
+
+def _check_about(found: Mapping[str, Any], about: Any, where: str) -> None:
+  """Refuses the attributes of a study that was begun about something else."""
+  theirs = found.get('about')
+  if theirs == about:
+    return
+  lines = manifest.differences(theirs or {}, about or {})
+  told = '; '.join(lines[:5] + ['...'] * (len(lines) > 5))
+  raise ValueError(
+    f'{where} is about something else: {told}. Its measurements would be mixed '
+    'with these: give another name or storage, or what it was begun with'
+  )
+
+
+def _jsonable(about: Any) -> dict[str, Any] | None:
+  if about is not None and not isinstance(about, Mapping):
+    raise TypeError(
+      f'about={about!r}: expected a mapping of names to JSON-able values, such '
+      "as {'seed': 0}"
+    )
+  return files.to_jsonable(about) if about else None
+
+
+def _checked(
+  known: Any, objectives: Sequence[str], choice: Choice
+) -> dict[str, Callable[[Choice], float]]:
+  """What is known of choices, tried on one; each value is to be finite."""
+  if known is not None and not isinstance(known, Mapping):
+    raise TypeError(
+      'known= has a function of a choice for each name, such as '
+      f"{{'bytes': table.cost}}, got {known!r}"
+    )
+  found: dict[str, Callable[[Choice], float]] = {}
+  for name, f in (known or {}).items():
+    check_name('objective in known=', name, objectives)
+    if not callable(f):
+      raise TypeError(
+        f'known= has a function of a choice for each name, got {f!r} for '
+        f'{name!r}'
+      )
+    found[name] = functools.partial(_finite, name, f)
+    found[name](choice)
+  return found
+
+
+def _finite(name: str, f: Callable[[Choice], float], choice: Choice) -> float:
+  what = f'known[{name!r}] of the choice {choice}'
+  value = check_number(what, f(choice))
+  if not np.isfinite(value):
+    raise ValueError(f'{what} is a finite number, got {value!r}')
+  return value
 
 
 def _options(table: Table) -> dict[str, list[str]]:

@@ -219,6 +219,30 @@ def test_a_refinement_learns_from_another(found, monkeypatch):
   assert better < worse
 
 
+def test_a_refinement_keeps_to_what_it_was_judged_on(
+  found, tmp_path, monkeypatch
+):
+  """Also from itself it learns nothing; before a model is loaded."""
+  at, _, _ = found
+  folder = at / 'search'
+  kept = (at / 'journal').read_bytes()
+  monkeypatch.setattr(spaces, 'workload', None)
+  (tmp_path / 'link').symlink_to(at / 'journal')
+  for source in (at / 'journal', tmp_path / 'link'):
+    with pytest.raises(ValueError, match='is the storage of this study itself'):
+      refine.run(small(), folder, at / 'journal', 9, source=str(source))
+  other = small()
+  other.judged = 2
+  (tmp_path / 'run').mkdir()
+  for name in ('tables.json', 'config.json'):
+    text = (folder / name).read_text()
+    (tmp_path / 'run' / name).write_text(text)
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(other.to_dict()))
+  with pytest.raises(ValueError, match='else: judged: 0 there, 2 here'):
+    refine.run(other, tmp_path / 'run', at / 'journal', 9)
+  assert (at / 'journal').read_bytes() == kept
+
+
 def _loss(trial):
   return trial[1][0]
 
@@ -288,7 +312,9 @@ def test_a_killed_copy_of_the_command_loses_nothing(
     'running': 0,
     'waiting': kept['counts']['waiting'],  # starts that were not wanted
   }
-  made = searches.Study(_table(at), journal, ('loss', 'bytes'))
+  made = searches.Study(
+    _table(at), journal, ('loss', 'bytes'), about=refine.about(small())
+  )
   trials = made.study.get_trials()
   [lost] = [t for t in trials if t.user_attrs.get('killed')]
   [again] = [t for t in trials if t.user_attrs.get('retry_of') == lost.number]

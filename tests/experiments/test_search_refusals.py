@@ -4,7 +4,10 @@ import importlib
 import json
 import pathlib
 import re
+import sqlite3
+import time
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -12,6 +15,7 @@ from configs.ptq import digits as ptq_digits
 from configs.qat import digits as qat_digits
 from configs.search import common, digits, hawq_v3, quantune
 from experiments import (
+  command_line,
   fields,
   ptq,
   qat,
@@ -19,10 +23,13 @@ from experiments import (
   search,
   search_configs,
   sensitivity,
+  settings,
   tune,
   variants,
 )
 from quantlab import models
+from quantlab.runtime import files
+from quantlab.search import Row, Study, Table, storages
 
 NAN = float('nan')
 RULE = {'weight': {'format': 'int4'}}
@@ -215,7 +222,7 @@ def test_every_launcher_says_which_one_takes_a_config(tmp_path):
   refused(search.run, empty, 'no config of any launcher', tmp_path)
 
 
-@pytest.mark.parametrize('trials', [0, -3, 2.5, None])
+@pytest.mark.parametrize('trials', [0, -3, 2.5, None, True, 2**31])
 def test_trials_are_counted_before_work(trials, tmp_path):
   for config, run in (
     (digits.get_config(), refine.run),
@@ -257,7 +264,7 @@ ONCE = {'n': {'50': BOTH | {'calibration': 50}}}
 
 
 @pytest.mark.parametrize(
-  ('settings', 'match'),
+  ('values', 'match'),
   [
     *((value, 'a dict of settings, each a dict') for value in ((), 'x', {})),
     ({'bits': {}}, 'a dict of settings, each a dict'),
@@ -275,17 +282,51 @@ ONCE = {'n': {'50': BOTH | {'calibration': 50}}}
     ),
   ],
 )
-def test_settings_are_checked_option_by_option(settings, match, tmp_path):
-  refused(RUNS['tune'], tuned(settings=settings), match, tmp_path)
+def test_settings_are_checked_option_by_option(values, match, tmp_path):
+  refused(RUNS['tune'], tuned(settings=values), match, tmp_path)
 
 
 def test_what_is_tuned_is_checked_from_shapes(tmp_path):
   run = RUNS['tune']
   refused(run, tuned(sampler='tpe'), "unknown sampler 'tpe'", tmp_path)
   refused(run, tuned(first=-1), 'trials of a design', tmp_path)
+  refused(run, tuned(first=2**30), 'first=.*at most 65536', tmp_path)
   refused(run, tuned(batches=1000), 'batches of .*measure on fewer', tmp_path)
   ends = {'ends': {'all': {}, 'inner': {'float': ('/heat/',)}}}
   refused(run, tuned(settings=ONCE | ends), "'inner'.*heat", tmp_path)
+
+
+def test_another_model_or_setting_is_another_study(tmp_path, monkeypatch):
+  """Whose labels, alone in the storage's table, are the same."""
+  measured = []
+
+  def measure(config, table, choice):
+    measured.append(choice)
+    return float(sum(choice))
+
+  monkeypatch.setattr(tune, 'measure', measure)
+  journal = tmp_path / 'journal'
+  first = tuned(settings=ONCE, first=2)
+  tune.run(first, tmp_path / 'first', journal, 1)
+  assert tune.run(first, tmp_path / 'first', journal, 1)['n'] == '50'
+  assert len(measured) == 1
+  for told, changes in (
+    ('model: .digits_cnn. there, .digits_vit. here', {'model': 'digits_vit'}),
+    ('seed: 0 there, 1 here', {'seed': 1}),
+    ('batches: 4 there, 1 here', {'batches': 1}),
+    ('evaluation: 0 there, 500 here', {'evaluation': 500}),
+    ('batch_size: 0 there, 50 here', {'batch_size': 50}),
+    (
+      r'settings\.n\.50\.calibration: 50 there, 51 here',
+      {'settings': {'n': {'50': BOTH | {'calibration': 51}}}},
+    ),
+  ):
+    other = tuned(**{'settings': ONCE, 'first': 2, **changes})
+    with pytest.raises(ValueError, match=f'about something else: {told}'):
+      tune.run(other, tmp_path / 'other', journal, 1)
+    assert not (tmp_path / 'other' / 'best.json').exists()
+    (tmp_path / 'other' / 'config.json').unlink()
+  assert len(measured) == 1
 
 
 # Folders ----------------------------------------------------------------------
@@ -317,6 +358,9 @@ def test_folders_that_cannot_be_used_are_refused_before_work(tmp_path):
     refine.run(config, found, found / 'journal', 1, metric='lrp')
 
 
+TINY = Table(
+  (Row('a', ('x', 'y')),), (np.zeros(2),), (np.zeros(2),), {}, '', ''
+)
 STORAGES = (
   ('{0}/file/journal', 'Not a directory'),
   ('{0}/folder', 'Is a directory'),
@@ -363,9 +407,92 @@ def test_a_storage_that_cannot_be_reached_ends_with_one_line(
 
 
 @pytest.mark.parametrize(
+  'content',
+  [
+    b'my notes, without an end',
+    b'first line\nsecond, without an end',
+    b'{"a": 1}\n[1]',
+    b'[1]\n',
+    b'{"op',
+    bytes(range(255, 0, -1)),
+  ],
+)
+def test_a_file_that_is_no_journal_is_left_as_it_is(content, tmp_path):
+  path = tmp_path / 'notes'
+  path.write_bytes(content)
+  for arguments in ({}, {'source': path, 'sampler': 'predicted'}):
+    storage = tmp_path / 'other' if arguments else path
+    with pytest.raises(ValueError, match=r'notes.*no journal of a study'):
+      Study(TINY, storage, **arguments)
+  assert path.read_bytes() == content
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_message_has_a_password(tmp_path):
+  for url in (
+    'postgresql://me:s3cr@et@localhost:1/none',
+    'postgresql+none://me:s3cr@et@localhost/none',
+    'nosql://localhost/none?user=me&password=s3cr@et&x=1',
+  ):
+    for arguments in (
+      {'storage': url},
+      {'storage': tmp_path / 'a', 'source': url, 'sampler': 'predicted'},
+      {'storage': url, 'source': url, 'sampler': 'predicted'},
+      {'storage': tmp_path / 'a', 'source': url},
+    ):
+      with pytest.raises(ValueError, match=r'://') as end:
+        Study(TINY, **arguments)
+      assert 's3cr' not in str(end.value)
+      assert 'et@' not in str(end.value)
+  assert storages.shown('sqlite:////a:b@c/d') == 'sqlite:////a:b@c/d'
+
+
+def test_a_locked_database_ends_with_one_line_and_goes_on(
+  tmp_path, monkeypatch
+):
+  for name, value in (('PATIENCE', 0.1), ('HEARTBEAT', 1), ('GRACE', 2)):
+    monkeypatch.setattr(storages, name, value)
+  other = sqlite3.connect(tmp_path / 'study.db', isolation_level=None)
+  url, measured = f'sqlite:///{tmp_path}/study.db', []
+
+  def measure(config, table, choice):
+    measured.append(choice)
+    if len(measured) == 2:
+      other.execute('BEGIN EXCLUSIVE')
+    return float(sum(choice))
+
+  monkeypatch.setattr(tune, 'measure', measure)
+  work = (tuned(settings=ONCE, first=2), tmp_path / 'work', url, 3)
+  for told in ('failed .* is locked.*goes on', 'cannot be reached .* is lock'):
+    match = rf"^error: the storage '{url}' {told}"
+    with pytest.raises(SystemExit, match=match) as end:
+      command_line.guarded(tune.run, *work)
+    assert '\n' not in str(end.value)
+  other.rollback()
+  assert tune.run(*work)['n'] == '50'
+  assert len(measured) == 4  # the first is kept, what was not written is not
+  assert len(files.read_json(tmp_path / 'work' / 'trials.json')) == 3
+  time.sleep(3)
+  made = Study(
+    settings.space(work[0]),
+    url,
+    ('accuracy_loss',),
+    about=settings.about(work[0]),
+  )
+  made.run(lambda choice: 0.0, 4)
+  counts = made.counts()
+  assert counts['killed'] == 1
+  assert counts['running'] == counts['waiting'] == 0
+
+
+@pytest.mark.parametrize(
   ('match', 'arguments'),
   [
     ('seed=-1: expected a whole number', {'seed': -1}),
+    (r'seed=3000000000: expected .*below 2\^31', {'seed': 3_000_000_000}),
+    ("source='': expected the storage", {'source': ''}),
+    ('is the storage of this study itself', {'source': '{0}/journal'}),
+    ('is the storage of this study itself', {'source': '{0}/../{1}/journal'}),
     ("source='x': expected none with", {'source': 'x', 'sampler': 'nsga2'}),
     ("unknown sampler 'tpe'", {'sampler': 'tpe'}),
     ("source='/none/x' is not there", {'source': '/none/x'}),
@@ -377,8 +504,12 @@ def test_arguments_of_a_refinement_are_refused_before_work(
   config = with_fields(digits.get_config(), {'evaluation': 250, 'batches': 1})
   (tmp_path / 'tables.json').write_text('{"kl": {}}')
   (tmp_path / 'config.json').write_text(json.dumps(config.to_dict()))
+  if source := arguments.get('source'):
+    given = source.format(tmp_path, tmp_path.name)
+    arguments = {**arguments, 'source': given}
   with pytest.raises(ValueError, match=match):
     refine.run(config, tmp_path, tmp_path / 'journal', 1, **arguments)
+  assert not (tmp_path / 'journal').exists()
 
 
 def test_the_commands_end_with_one_line(monkeypatch, tmp_path):

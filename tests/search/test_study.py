@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,13 @@ def test_what_cannot_be_is_said(tmp_path):
   del alive
 
 
+LEARNS = {'sampler': 'predicted'}
+
+
+def known_as(value):
+  return {'known': {'loss': lambda choice: value}}
+
+
 @pytest.mark.parametrize(
   ('match', 'fields'),
   [
@@ -219,6 +227,15 @@ def test_what_cannot_be_is_said(tmp_path):
     ("and not 'reclaim'", {'worker': 'reclaim'}),
     *(('seed=.*whole number', {'seed': s}) for s in (None, -1, 0.5, 2**40)),
     *(('first=.*whole number', {'first': n}) for n in (-1, True, '8')),
+    ('first=.*at most 65536 trials of a design', {'first': 2**30 + 5}),
+    ('known= has a function of a choice for each name', {'known': ['loss']}),
+    *(
+      (r"known\['loss'\] of the choice \(0, .* number, got", known_as(v))
+      for v in ('x', None, float('nan'), float('inf'), (1.0, 2.0))
+    ),
+    ('about=3: expected a mapping of names', {'about': 3}),
+    ('no JSON form for', {'about': {'seed': object()}}),
+    *((r'source=.*expected the path', LEARNS | {'source': s}) for s in ('', 3)),
     ('at least one objective', {'objectives': ()}),
     ('expected each once', {'objectives': ('loss', 'loss')}),
     *(('have names such as', {'objectives': o}) for o in ((3,), ('',))),
@@ -317,6 +334,87 @@ def test_a_journal_cut_within_a_line_goes_on(tmp_path):
   path.write_bytes(whole[:9] + b'\n' + whole[9:])
   with pytest.raises(ValueError, match=f'{path.name}. cannot be opened'):
     search.Study(TABLE, path, first=2)
+
+
+def test_a_journal_that_becomes_something_else_is_not_written(tmp_path):
+  path = tmp_path / 'journal'
+  made = search.Study(TABLE, path, first=2)
+
+  def replaced(choice):
+    path.write_bytes(b'my notes')
+    return loss(choice)
+
+  with pytest.raises(ValueError, match=r'journal. failed .*no journal'):
+    made.run(replaced, 1)
+  assert path.read_bytes() == b'my notes'
+
+
+def test_a_journal_cut_within_its_first_line_begins_again(tmp_path):
+  path = tmp_path / 'journal'
+  search.Study(TABLE, path, first=2)
+  path.write_bytes(path.read_bytes()[:60])
+  again = search.Study(TABLE, path, first=2)
+  again.run(loss, 2)
+  assert search.Study(TABLE, path).counts()['complete'] == 2
+
+
+def test_a_study_is_about_what_it_was_begun_with(tmp_path):
+  path = tmp_path / 'journal'
+  about = {'model': 'a', 'settings': {'n': np.int32(50), 'on': ('x', 'y')}}
+  search.Study(TABLE, path, about=about).run(loss, 2)
+  assert search.Study(TABLE, path, about=about).counts()['complete'] == 2
+  for other, match in (
+    ({**about, 'model': 'b'}, 'model: .a. there, .b. here'),
+    ({**about, 'settings': {'n': 51}}, r'settings\.n: 50 there, 51 here'),
+    (None, 'model: .*there, absent here'),
+    ({}, 'model: .*there, absent here'),
+  ):
+    told = f'is about something else: .*{match}'
+    with pytest.raises(ValueError, match=told):
+      search.Study(TABLE, path, about=other)
+  search.Study(TABLE, path, name='bare')
+  with pytest.raises(ValueError, match='model: absent there'):
+    search.Study(TABLE, path, name='bare', about=about)
+
+
+def test_a_journal_that_fails_within_a_trial_loses_nothing(
+  tmp_path, monkeypatch
+):
+  """A full disk, while a trial is begun and when its value is written."""
+  made = search.Study(TABLE, tmp_path / 'journal', first=4)
+  starts = [(3,) * ROWS, (2,) * ROWS]
+  real, full = storages.journal.JournalFileBackend.append_logs, []
+
+  def append(self, logs):
+    if full and full[0] in str(logs):
+      raise OSError(28, 'No space left on device')
+    return real(self, logs)
+
+  monkeypatch.setattr(
+    storages.journal.JournalFileBackend, 'append_logs', append
+  )
+  for part in ("'life'", "'values': ["):
+    full[:] = [part]
+    with pytest.raises(ValueError, match=r'failed \(OSError: .*No space'):
+      made.run(loss, 4, starts)
+    full.clear()
+    assert made.counts()['running'] == 1
+    assert made.counts()['failed'] == 0
+  made.run(loss, 4, starts)
+  counts = made.counts()
+  assert counts['complete'] == 4
+  assert counts['running'] == counts['failed'] == 0
+  assert set(starts) <= {c for c, _ in made.history()}
+
+
+def test_what_is_known_is_a_number_each_time(tmp_path):
+  def known(choice):
+    return float(sum(choice)) or 1.0 if sum(choice) < 6 else float('nan')
+
+  fields = {'first': 2, 'known': {'bytes': known}, **LEARNS}
+  made = search.Study(TABLE, tmp_path / 'journal', ('loss', 'bytes'), **fields)
+  with pytest.raises(ValueError, match=r"known\['bytes'\] of the choice .*nan"):
+    made.run(both, 6)
 
 
 def hypervolume(points, corner):
@@ -443,9 +541,45 @@ def test_a_source_is_of_the_same_rows_and_options(tmp_path):
     assert not absent.exists()
   search.Study(TABLE, tmp_path / 'begun', first=2).run(loss, 1)
   refused('1 completed trials', given=tmp_path / 'begun')
+  (tmp_path / 'link').symlink_to(source)
+  base = f'sqlite:///{tmp_path}/study.db'
+  for kept, given in (
+    *((source, f(source)) for f in (str, os.path.realpath, os.path.relpath)),
+    *((source, tmp_path / 'link'), (base, base)),
+    (base, f'sqlite+pysqlite:///{os.path.relpath(tmp_path)}/study.db'),
+    (base, f'sqlite:///file:{tmp_path}/study.db?uri=true'),
+  ):
+    with pytest.raises(ValueError, match='is the storage of this study itself'):
+      search.Study(TABLE, kept, source=given, sampler='predicted')
   # Costs and model may be others.
   found = search.trials_of(source, table(model='abc'), 1)
   assert [v for _, (v,) in found] == [loss(c) for c, _ in found]
+
+
+def test_a_source_is_only_read(tmp_path):
+  folder = tmp_path / 'a source #%'
+  folder.mkdir()
+  for source in (folder / 'journal', f'sqlite:///{folder}/%7Bstudy.db'):
+    search.Study(TABLE, source, first=2, sampler='random').run(loss, 3)
+  shutil.rmtree(folder / 'journal.workers')
+  (folder / 'empty.db').write_bytes(b'')
+  (folder / 'empty').write_bytes(b'')
+
+  def state():
+    return {
+      p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()
+    }
+
+  before = state()
+  for source in (folder / 'journal', f'sqlite:///{folder}/%7Bstudy.db'):
+    assert len(search.trials_of(source, TABLE, 1)) == 3
+  with pytest.raises(
+    ValueError, match=r'empty\.db. cannot be read.*no such ta'
+  ):
+    search.trials_of(f'sqlite:///{folder}/empty.db', TABLE, 1)
+  with pytest.raises(ValueError, match="holds no study 'search'"):
+    search.trials_of(folder / 'empty', TABLE, 1)
+  assert state() == before
 
 
 def test_names_that_need_optuna_say_so():
