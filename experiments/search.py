@@ -199,12 +199,12 @@ def _page(config, tables, found, sections) -> str:
       continue
     plain = search.additive(table)
     front = search.pareto(plain, config.cost)
-    figure = plots.figure(9, max(3.6, 0.5 + 0.17 * len(found)))
     points = {
       n: (a.costs[config.cost], plain.predict(a.choice))
       for n, a in found.items()
       if _belongs(n.rpartition('/')[2], metric)
     }
+    figure = plots.figure(9, max(3.6, 0.5 + 0.17 * len(points)))
     search_plots.front(
       figure.subplots(),
       *(front.cost, front.value, points),
