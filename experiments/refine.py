@@ -107,7 +107,8 @@ def run(
     [(value, _)] = measure([program.choice(choice)])[objective]
     return value, table.cost(choice)
 
-  made.run(both, trials, starts(config, table.floored()))
+  begun = starts(config, table.floored())
+  made.run(both, trials, begun)
   print(made.counts())
   for i, (choice, _) in enumerate(made.best()):
     plan = ql.plan(
@@ -121,7 +122,7 @@ def run(
   if source is not None:
     how['source'] = storages.shown(source)
   files.write_json(f'{workdir}/refined/refined.json', how | results(made))
-  return _shown(config, workdir, made, sampler, starts(config, table.floored()))
+  return _shown(config, workdir, made, sampler, begun)
 
 
 def about(config: Any) -> dict[str, Any]:
@@ -189,11 +190,12 @@ def _shown(config, workdir, made, sampler, begun) -> list[dict[str, Any]]:
   search_plots.progress(
     figure.subplots(), {sampler: losses}, made.objectives[0]
   )
-  measured = {c: v[::-1] for c, v in made.history() if v}
+  figures = {'Progress': figure}
+  if rows:  # not every trial failed
+    measured = {c: v[::-1] for c, v in made.history() if v}
+    figures = {'Front': _front(made, rows, measured, begun), **figures}
   page = report.render_search(
-    f'Refinement of {config.model}',
-    {'Front': rows},
-    {'Front': _front(made, rows, measured, begun), 'Progress': figure},
+    f'Refinement of {config.model}', {'Front': rows}, figures
   )
   files.write_text(f'{workdir}/refined/report.html', page)
   report.print_rows(rows)
@@ -218,12 +220,9 @@ def _front(made, rows, measured, begun) -> plots.Figure:
 def _check(config, storage, trials, sampler, source, seed) -> None:
   """The arguments alone."""
   fields.check_launcher(config, 'refine')
-  if not (type(trials) is int and 1 <= trials < 2**31):
-    fields.refuse(
-      'trials', trials, 'a whole number of them, at least 1 and below 2^31'
-    )
-  if seed is not None and not (type(seed) is int and 0 <= seed < 2**31):
-    fields.refuse('seed', seed, 'a whole number, at least 0 and below 2^31')
+  fields.check_count('trials', trials, 1)
+  if seed is not None:
+    fields.check_count('seed', seed, 0)
   variants.check_name('sampler', sampler, search.SAMPLERS)
   if source is None:
     return

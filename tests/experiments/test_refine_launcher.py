@@ -243,6 +243,18 @@ def test_a_refinement_keeps_to_what_it_was_judged_on(
   assert (at / 'journal').read_bytes() == kept
 
 
+def test_a_refinement_of_failures_has_no_front(found, tmp_path, monkeypatch):
+  at = found[0]
+  config, folder = small(), at / 'search'
+  failed = {'loss': [(float('nan'), float('nan'))]}
+  monkeypatch.setattr(searches.Measure, '__call__', lambda *a: failed)
+  assert refine.run(config, folder, tmp_path / 'journal', 2, 'random') == []
+  kept = read(folder / 'refined' / 'refined.json')
+  assert kept['counts']['failed'] == 2
+  assert kept['front'] == []
+  assert '<h2>Progress</h2>' in (folder / 'refined/report.html').read_text()
+
+
 def _loss(trial):
   return trial[1][0]
 
