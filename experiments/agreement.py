@@ -64,9 +64,6 @@ def rows(
           use = np.isfinite(predicted) & np.isfinite(measured)
           if use.sum() < 4:
             continue
-          rank = estimate.bootstrap(
-            functions.spearman, predicted[use], measured[use]
-          )
           out.append(
             {
               'table': name,
@@ -74,13 +71,17 @@ def rows(
               'encoder': encoder,
               'budget': budget,
               'loss': key,
-              'spearman': rank.value,
-              'low': rank.low,
-              'high': rank.high,
+              **rank(predicted[use], measured[use]),
               'plans': int(use.sum()),
             }
           )
   return out
+
+
+def rank(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+  """Spearman's correlation, with a bootstrap interval."""
+  found = estimate.bootstrap(functions.spearman, predicted, measured)
+  return {'spearman': found.value, 'low': found.low, 'high': found.high}
 
 
 def summary(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:

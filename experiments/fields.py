@@ -130,14 +130,29 @@ def flag(what: str) -> Field:
   return Field(f'{what}, True or False', lambda v: isinstance(v, bool))
 
 
+def is_count(value: Any, least: int) -> bool:
+  """Whether it is a whole number, at least this and below 2^31."""
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  return whole and least <= value < 2**31
+
+
+def _counted(least: int) -> str:
+  return f'a whole number, at least {least} and below 2^31'
+
+
 def count(what: str, least: int) -> Field:
   """A whole number of something."""
+  return Field(f'{what}: {_counted(least)}', lambda v: is_count(v, least))
 
-  def fits(value):
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and least <= value < 2**31
 
-  return Field(f'{what}: a whole number, at least {least} and below 2^31', fits)
+def check_count(name: str, value: Any, least: int) -> None:
+  """Refuses an argument that is no such number.
+
+  Raises:
+    ConfigError: what was found, and what was expected.
+  """
+  if not is_count(value, least):
+    refuse(name, value, _counted(least))
 
 
 def names(what: str, *, empty: bool = False) -> Field:

@@ -20,7 +20,13 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import command_line, fields, search_configs, spaces
+from experiments import (
+  agreement,
+  command_line,
+  fields,
+  search_configs,
+  spaces,
+)
 from quantlab import models, report, runtime, search
 from quantlab.quality import estimate, functions
 from quantlab.report import plots, search_plots
@@ -151,14 +157,11 @@ def _correlations(tables, truth) -> list[dict[str, Any]]:
       use &= (labels == option) | (option == 'all')
       if use.sum() < 4:
         continue
-      rank = estimate.bootstrap(functions.spearman, value[use], true[use])
       rows.append(
         {
           'metric': name,
           'options': option,
-          'spearman': rank.value,
-          'low': rank.low,
-          'high': rank.high,
+          **agreement.rank(value[use], true[use]),
           'n': int(use.sum()),
         }
       )
@@ -185,24 +188,20 @@ def _explained(tables, truth) -> list[dict[str, Any]]:
       for terms, q in _cross_terms(name, tables):
         whole = dataclasses.replace(table, interactions=q)
         predicted = _predictions(whole, plans)[use]
-        fit = _fit(predicted, true[use])
-        if q is not None:
-          more = estimate.bootstrap(_gain, plain, predicted, true[use])
-          fit |= {
-            'R2 gain': more.value,
-            'R2 gain low': more.low,
-            'R2 gain high': more.high,
-          }
-        if name not in (*measured, 'fisher', 'hessian'):
-          # Of another unit, only the order can be compared.
-          fit = {k: v for k, v in fit.items() if not k.startswith('R2')}
         head = {
           'plans': kind,
           'table': name,
           'interactions': terms,
           'n': int(use.sum()),
         }
-        rows.append(head | fit)
+        # A value of another unit explains the order, not the loss.
+        if name in (*measured, 'fisher', 'hessian'):
+          head |= _interval('R2', _explained_variance, predicted, true[use])
+        head |= _interval('r squared', _r_squared, predicted, true[use])
+        head |= _interval('Spearman', functions.spearman, predicted, true[use])
+        if 'R2' in head and q is not None:
+          head |= _interval('R2 gain', _gain, plain, predicted, true[use])
+        rows.append(head)
   return rows
 
 
@@ -215,23 +214,18 @@ def _cross_terms(name, tables):
   return [(n, q) for n, q in found if n == 'none' or q is not None]
 
 
-def _fit(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-  """How well a prediction fits, with bootstrap intervals over the plans."""
-  found: dict[str, float] = {}
-  for name, statistic in (
-    ('R2', _explained_variance),
-    ('r squared', lambda p, t: _pearson(p, t) ** 2),
-    ('Spearman', functions.spearman),
-  ):
-    fit = estimate.bootstrap(statistic, predicted, true)
-    found |= {name: fit.value, f'{name} low': fit.low, f'{name} high': fit.high}
-  return found
+def _interval(name: str, statistic: Any, *columns: Any) -> dict[str, float]:
+  """A statistic of plans, with a bootstrap interval over them."""
+  found = estimate.bootstrap(statistic, *columns)
+  ends = {f'{name} low': found.low, f'{name} high': found.high}
+  return {name: found.value, **ends}
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+def _r_squared(a: np.ndarray, b: np.ndarray) -> float:
+  """The square of Pearson's correlation."""
   a, b = a - a.mean(), b - b.mean()
   norms = np.sqrt((a * a).sum() * (b * b).sum())
-  return float((a * b).sum() / norms) if norms > 0 else float('nan')
+  return float((a * b).sum() / norms) ** 2 if norms > 0 else float('nan')
 
 
 def _measured(pairs) -> np.ndarray:

@@ -132,10 +132,7 @@ def run(config: Any, workdir: str, storage: str, trials: int) -> dict[str, Any]:
 def _check(config: Any, trials: Any) -> None:
   """The arguments alone."""
   fields.check_launcher(config, 'tune')
-  if not (type(trials) is int and 1 <= trials < 2**31):
-    fields.refuse(
-      'trials', trials, 'a whole number of them, at least 1 and below 2^31'
-    )
+  fields.check_count('trials', trials, 1)
   search_configs.check_settings(config)
   if config.first > samplers.MOST_FIRST:
     fields.refuse(

@@ -14,7 +14,7 @@ downloads nothing), 'resnet8', 'resnet20', 'minilm' or 'stories' (of their own
 qualities).
 """
 
-from configs.search import digits, minilm, resnet8, resnet20, stories
+from configs.search import common, digits, minilm, resnet8, resnet20, stories
 
 MODELS = {
   'digits': digits,
@@ -27,12 +27,9 @@ LOST = 0.01  # of the float model's quality
 
 
 def get_config(model: str = 'digits'):
-  config = MODELS[model].get_config()
+  config = common.by(MODELS[model].get_config(), 'hessian', 'quadratic')
   config.metrics = ('hessian', 'trace')
   config.interactions = ('hessian',)
-  config.around = ()
-  config.allocations = (('hessian', 'quadratic'), ('hessian', 'random'))
-  config.measured = ()
   config.bisected = (('hessian', LOST), ('trace', LOST))
   config.encoders = ('rtn',)
   return config

@@ -309,19 +309,18 @@ class Study:
   def history(self) -> list[tuple[Choice, tuple[float, ...] | None]]:
     """Finished trials in order; None where one failed."""
     return [
-      (self._choice(t), tuple(t.values) if done else None)
-      for t in self._trials()
-      if (done := t.state == TrialState.COMPLETE)
-      or (t.state.is_finished() and 'values' in t.user_attrs)
+      (
+        self._choice(t),
+        tuple(t.values) if t.state == TrialState.COMPLETE else None,
+      )
+      for t in self._finished()
     ]
 
   def seconds(self) -> list[float]:
     """How long each finished trial took, in the order of `history`."""
     return [
       t.duration.total_seconds() if t.duration else 0.0
-      for t in self._trials()
-      if t.state == TrialState.COMPLETE
-      or (t.state.is_finished() and 'values' in t.user_attrs)
+      for t in self._finished()
     ]
 
   def best(self) -> list[tuple[Choice, tuple[float, ...]]]:
@@ -334,6 +333,15 @@ class Study:
   def _trials(self) -> list[Any]:
     with storages.guarded(self._storage):
       return self.study.get_trials(deepcopy=False)
+
+  def _finished(self) -> list[Any]:
+    """Those that were measured, in order; a killed one was not."""
+    return [
+      t
+      for t in self._trials()
+      if t.state == TrialState.COMPLETE
+      or (t.state.is_finished() and 'values' in t.user_attrs)
+    ]
 
   def _choice(self, trial: Any) -> Choice:
     return tuple(trial.params[n] for n in self.sizes)

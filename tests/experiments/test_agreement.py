@@ -5,23 +5,14 @@ import types
 import numpy as np
 import pytest
 import scipy.stats
+from tables import table_of
 
 from experiments import agreement
 from quantlab import search
 
 
 def table(values, interactions=None):
-  rows = tuple(search.Row(n, ('int2', 'int4', 'int8')) for n in 'abc')
-  values = tuple(np.asarray(v, float) for v in values)
-  return search.Table(
-    metric='kl',
-    unit='nats',
-    rows=rows,
-    values=values,
-    stderr=tuple(np.zeros(3) for _ in rows),
-    costs={'bytes': tuple(np.array([2.0, 4.0, 8.0]) for _ in rows)},
-    interactions=interactions,
-  )
+  return table_of(values, {'bytes': [[2, 4, 8]] * 3}, interactions=interactions)
 
 
 def searched(tables, choices, losses):

@@ -5,24 +5,16 @@ import types
 
 import numpy as np
 import pytest
+from tables import table_of
 
 from experiments import allocated, bisected, sensitivity, variants
-from quantlab import quality, runtime, search
+from quantlab import quality, runtime
 
 NAN = float('nan')
 
 
 def table(values, interactions=None):
-  rows = tuple(search.Row(n, ('int2', 'int4', 'int8')) for n in 'abc')
-  return search.Table(
-    metric='loss',
-    unit='nats',
-    rows=rows,
-    values=tuple(np.asarray(v, float) for v in values),
-    stderr=tuple(np.zeros(3) for _ in rows),
-    costs={'bytes': tuple(np.array([2.0, 4.0, 8.0]) for _ in rows)},
-    interactions=interactions,
-  )
+  return table_of(values, {'bytes': [[2, 4, 8]] * 3}, interactions=interactions)
 
 
 def test_plans_with_an_entry_that_failed_are_left_out():

@@ -7,25 +7,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tables import table_of
 
 import quantlab as ql
 from configs.search import hawq_v3
 from experiments import spaces
 from quantlab import search
 from quantlab.search import Row, Table, knapsack
-
-
-def table_of(values, costs, **fields):
-  rows = tuple(
-    Row(f'r{i}', tuple(f'o{k}' for k in range(len(v))))
-    for i, v in enumerate(values)
-  )
-  values = tuple(np.asarray(v, float) for v in values)
-  found = {
-    k: tuple(np.asarray(c, float) for c in cs) for k, cs in costs.items()
-  }
-  zero = tuple(np.zeros_like(v) for v in values)
-  return Table(rows, values, zero, found, 'test', '', **fields)
 
 
 def brute(table, budgets):

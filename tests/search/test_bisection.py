@@ -2,22 +2,9 @@
 
 import numpy as np
 import pytest
+from tables import table_of
 
 from quantlab import search
-from quantlab.search import Row, Table
-
-
-def table_of(values, costs, **fields):
-  rows = tuple(
-    Row(f'r{i}', tuple(f'o{k}' for k in range(len(v))))
-    for i, v in enumerate(values)
-  )
-  values = tuple(np.asarray(v, float) for v in values)
-  found = {
-    k: tuple(np.asarray(c, float) for c in cs) for k, cs in costs.items()
-  }
-  zero = tuple(np.zeros_like(v) for v in values)
-  return Table(rows, values, zero, found, 'test', '', **fields)
 
 
 def test_bisection_is_the_linear_scan_where_quality_is_monotone():
