@@ -4,7 +4,8 @@ Operations: `quantize_activation`, `int8_matmul`, `w4a8_matmul`,
 `ternary_matmul`, `lut_matmul`, `w4a16_matmul`, `dense_and_sparse_matmul`,
 `int8_conv`, `hadamard`. Each is a folder with its definition (reference.py) and
 one file a backend; `explain(op, *args)` prints which one would run, and why.
-Storage: `pack`, `unpack`, `packed_rows`. `slower_than_float` knows the sizes at
+Storage: `pack`, `unpack`, `packed_rows`; `prepack` arranges an int8 weight as
+the cpu kernels read it fastest. `slower_than_float` knows the sizes at
 which a product is not worth it. `python -m quantlab_kernels.build`
 compiles the cpu backend ahead of its first use.
 """
@@ -21,6 +22,8 @@ from quantlab_kernels.lut_matmul import lut_matmul as lut_matmul
 from quantlab_kernels.packing import pack as pack
 from quantlab_kernels.packing import packed_rows as packed_rows
 from quantlab_kernels.packing import unpack as unpack
+from quantlab_kernels.panels import Panels as Panels
+from quantlab_kernels.panels import prepack as prepack
 from quantlab_kernels.quantize_activation import (
   quantize_activation as quantize_activation,
 )

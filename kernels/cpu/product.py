@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
 from quantlab_kernels import crossover, int_dot
 from quantlab_kernels.cpu import library
+from quantlab_kernels.panels import Panels
 
 # Rows of x up to which codes are decoded within the product; as in vec.h.
 DIRECT = {'amx': 4, 'avx512vnni': 4, 'avxvnni': 3, 'avx2': 2}
@@ -35,9 +36,10 @@ class Spec:
   signed: bool
   out: str
   isa: str
+  columns: int | None = None  # of a weight in panels
 
 
-def refuses(*operands: jax.Array) -> str | None:
+def refuses(*operands: jax.Array | Panels) -> str | None:
   """Returns why the kernels cannot run on these operands, or None."""
   if jax.default_backend() != 'cpu':
     return f'the kernels run on cpu, the platform is {jax.default_backend()}'
@@ -59,7 +61,7 @@ def _is_local() -> bool:
 
 def route(
   x: jax.Array,
-  w: jax.Array,
+  w: jax.Array | Panels,
   bits: int,
   x_zero: jax.Array | None = None,
   *,
@@ -74,6 +76,8 @@ def route(
     else 'once for all rows, strip by strip'
   )
   how = f'C++ on {isa}, {bits}-bit codes decoded {when}'
+  if isinstance(w, Panels):
+    how = f'C++ on {isa}, {bits}-bit codes read in panels'
   weights = x.shape[1] * w.shape[1]
   slow = crossover.slower_than_float(bits, x.shape[0], weights, integer=integer)
   return how if slow is None else f'{how}; {slow}'
@@ -81,7 +85,7 @@ def route(
 
 def multiply(
   x: Int8[Array, 'm k'],
-  w: UInt8[Array, 'kp n'] | Int8[Array, 'k n'],
+  w: UInt8[Array, 'kp n'] | Int8[Array, 'k n'] | Panels,
   scale: Float[Array, 'g n'] | None,
   zero: Int[Array, 'g n'] | None,
   x_scale: Float[Array, ' m #g'] | None,
@@ -97,7 +101,7 @@ def multiply(
 
   Args:
     x: rows.
-    w: codes, packed along K.
+    w: codes, packed along K, or 8-bit ones in panels.
     scale, zero, x_scale, x_zero: as there, of two axes.
     table: what the codes stand for; None is themselves.
     bits: width of a code.
@@ -111,7 +115,12 @@ def multiply(
     float32 y, or int32 sums.
   """
   out = 'int32' if otherwise is None else 'float32'
-  call = _mapped(Spec(bits, group, signed, out, library.isa()))
+  spec = Spec(bits, group, signed, out, library.isa())
+  if isinstance(w, Panels):
+    spec = dataclasses.replace(spec, columns=w.shape[1])
+    otherwise = _out_of_panels(w, otherwise)
+    w = w.codes.reshape(len(w.codes), -1)
+  call = _mapped(spec)
   if table is not None:
     table = table[None]
 
@@ -123,6 +132,17 @@ def multiply(
   if otherwise is None:
     return fast(*operands)
   return differentiable(fast, otherwise)(*operands)
+
+
+def _out_of_panels(packed: Panels, otherwise):
+  """`otherwise` of codes in panels, flat."""
+  if otherwise is None:
+    return None
+
+  def call(x, w, *rest):
+    return otherwise(x, packed.of(w.reshape(packed.codes.shape)), *rest)
+
+  return call
 
 
 def differentiable(fast, otherwise):
@@ -221,7 +241,8 @@ def _merge(a, over, size, batch):
 def _call(spec: Spec, x, w, scale, zero, x_scale, x_zero, table):
   operands = (x, w, scale, zero, x_scale, x_zero, table)
   dtypes = (None, None, *('float32', 'int32') * 2, 'int8')
-  return ffi_call(library.MULTIPLY, spec, operands, dtypes)
+  panels = np.bool_(spec.columns is not None)
+  return ffi_call(library.MULTIPLY, spec, operands, dtypes, panels=panels)
 
 
 def ffi_call(
@@ -229,11 +250,12 @@ def ffi_call(
   spec: Spec,
   operands: Sequence[Any],
   dtypes: Sequence[str | None],
+  **attributes: Any,
 ) -> jax.Array:
   """Calls the kernels on (x, w, ...); operands that are None become empty."""
   batch = max(a.shape[0] for a in operands if a is not None)
   x, w = operands[:2]
-  shape = (batch, x.shape[1], w.shape[2])
+  shape = (batch, x.shape[1], spec.columns or w.shape[2])
   given = [
     jnp.zeros((0, 0, 0), d) if a is None else a
     for a, d in zip(operands, dtypes, strict=True)
@@ -246,6 +268,7 @@ def ffi_call(
     group=np.int64(spec.group),
     is_signed=np.bool_(spec.signed),
     isa=np.int64(library.ISAS[spec.isa]),
+    **attributes,
   )
   return varying(y, given)
 

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from quantlab_kernels import registry, shapes
+from quantlab_kernels.panels import Panels
 
 _OP = registry.Op('int8_matmul')
 
 
 def int8_matmul(
   xq: Int8[Array, '*b m k'],
-  wq: Int8[Array, '*b k n'],
+  wq: Int8[Array, '*b k n'] | Panels,
   *,
   x_scale: jax.typing.ArrayLike | None = None,
   w_scale: jax.typing.ArrayLike | None = None,
@@ -28,8 +29,9 @@ def int8_matmul(
 
   Args:
     xq: int8 activations, shape (*lead, ..., K).
-    wq: int8 weight, shape (*lead, K, N), or (*lead, N, K) with `transpose_w`.
-      Leading axes (experts, heads) must lead xq too.
+    wq: int8 weight, shape (*lead, K, N), or (*lead, N, K) with `transpose_w`;
+      or what `prepack` makes of it. Leading axes (experts, heads) must lead
+      xq too.
     x_scale: scale of each row, broadcasting to (*lead, ..., 1); None is 1.
     w_scale: scale of each column, broadcasting to (*lead, 1, N); None is 1.
     x_zero: integer zero points of the rows, within the range of the codes.
@@ -47,7 +49,13 @@ def int8_matmul(
   References:
     Jacob et al., arXiv:1712.05877, equation 7.
   """
-  xq, wq = jnp.asarray(xq), jnp.asarray(wq)
+  xq = jnp.asarray(xq)
+  if not isinstance(wq, Panels):
+    wq = jnp.asarray(wq)
+  elif transpose_w:
+    raise ValueError('wq is packed ahead, as (K, N): transpose_w=True is not')
+  else:
+    wq.check_shard()
   shapes.require_dtype('xq', xq, jnp.int8)
   shapes.require_dtype('wq', wq, jnp.int8)
   if wq.ndim < 2:

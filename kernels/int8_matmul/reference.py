@@ -2,13 +2,14 @@
 
 import jax.numpy as jnp
 
+from quantlab_kernels import panels
 from quantlab_kernels.registry import is_definition as route  # noqa: F401
 from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
 
 
 def run(x, w, x_scale, w_scale, x_zero, w_zero, *, transpose_w, out_dtype):
   """Returns the scaled product, shape (M, N)."""
-  x, w = x.astype(jnp.int32), w.astype(jnp.int32)
+  x, w = x.astype(jnp.int32), panels.plain(w).astype(jnp.int32)
   w = w.T if transpose_w else w
   x = x if x_zero is None else x - x_zero
   w = w if w_zero is None else w - w_zero

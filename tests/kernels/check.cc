@@ -28,7 +28,7 @@ struct Case {
     Product a{};
     a.m = kRows[pick(0, 10)], a.k = pick(1, 200), a.n = pick(1, 200);
     if (pick(0, 15) == 0) a.k = 1100, a.n = 530;
-    a.bits = pick(1, 8);
+    a.bits = pick(0, 3) ? pick(1, 8) : 8;
     a.is_signed = pick(0, 1);
     a.group = pick(0, 2) ? pick(1, a.k) : a.k;
     a.groups = (a.k + a.group - 1) / a.group;
@@ -57,6 +57,16 @@ struct Case {
     for (int64_t i = 0; i < zero.count; ++i) zero.set(i, pick(-128, 255));
     for (int64_t i = 0; i < x_zero.count; ++i) x_zero.set(i, pick(-128, 127));
     a.x = x.p, a.codes = codes.p;
+    a.panels = a.bits == 8 && a.is_signed && a.groups == 1 && pick(0, 1);
+    const int64_t words = (a.n + 63) / 64 * ((a.k + 3) / 4);
+    Exact<uint8_t> panels(256 * words, pick(0, 63));
+    if (a.panels) {
+      for (int64_t i = 0; i < panels.count; ++i) panels.set(i, pick(0, 255));
+      for (int64_t k = 0; k < a.k; ++k)
+        for (int64_t n = 0; n < a.n; ++n)
+          panels.set(in_panels(a.k, k, n), codes.get(k * a.n + n) ^ 0x80);
+      a.codes = panels.p, a.code_rows = (a.k + 3) / 4 * 4;
+    }
     a.table = tabled ? table.p : nullptr;
     a.scale = floats && pick(0, 3) ? scale.p : nullptr;
     a.zero = pick(0, 1) ? zero.p : nullptr;
@@ -162,6 +172,12 @@ struct Case {
       if (codes.get(i) != std::nearbyint(x.get(i) * (1 / s))) return false;
     }
     return true;
+  }
+
+  // Where row k of column n lies: see quantlab_kernels/panels.py.
+  static int64_t in_panels(int64_t rows, int64_t k, int64_t n) {
+    const int64_t c = n % 64, word = n / 64 * ((rows + 3) / 4) + k / 4;
+    return 256 * word + 64 * (c % 16 / 4) + 16 * (c / 16) + 4 * (c % 4) + k % 4;
   }
 
   template <typename A>

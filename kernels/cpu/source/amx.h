@@ -43,8 +43,17 @@ class Shapes {
   int64_t last_ = -1;
 };
 
+// Fetches tile t of the words that follow.
+template <bool kPanels>
+QL_INLINE void fetch_tile(const uint8_t* w, int t) {
+  if (!kPanels) return;
+  for (int i = 0; i < 16; ++i)
+    __builtin_prefetch(w + kPanelAhead + 1024 * t + 64 * i, 0, 3);
+}
+
 // sums (16, kWidth) of `words` words, more than none; they are added to what
 // is there if there is `more`.
+template <bool kPanels>
 __attribute__((noinline)) void matrix_tile(const uint8_t* w, int64_t words,
                                            const int32_t* x, int32_t* sums,
                                            bool more, Shapes& shapes) {
@@ -65,12 +74,16 @@ __attribute__((noinline)) void matrix_tile(const uint8_t* w, int64_t words,
   }
   for (; words > 16; words -= 16, w += 16 * kRow, x += kTileWords) {
     _tile_loadd(4, x, 64);
+    fetch_tile<kPanels>(w, 0);
     _tile_loadd(6, w, kRow);
     _tile_dpbsud(0, 4, 6);
+    fetch_tile<kPanels>(w, 1);
     _tile_loadd(6, w + 64, kRow);
     _tile_dpbsud(1, 4, 6);
+    fetch_tile<kPanels>(w, 2);
     _tile_loadd(6, w + 128, kRow);
     _tile_dpbsud(2, 4, 6);
+    fetch_tile<kPanels>(w, 3);
     _tile_loadd(6, w + 192, kRow);
     _tile_dpbsud(3, 4, 6);
   }
@@ -104,6 +117,7 @@ inline void matrix_onto(const int32_t* sums, int64_t rows, Onto to) {
 
 // Never called: `kMatrix` is false.
 struct Shapes {};
+template <bool kPanels>
 inline void matrix_tile(const uint8_t*, int64_t, const int32_t*, int32_t*, bool,
                         Shapes&) {}
 template <bool kZero>

@@ -10,6 +10,14 @@
 
 namespace {
 
+// Signed codes of 8 bits may be packed ahead, into panels of 64 columns: words
+// of four rows each, as `interleave` makes them of vectors of 64 bytes (those
+// of 32 are their halves), with their top bits flipped. They need no decoding,
+// and memory is read in one run. Rows and columns are filled up.
+constexpr int64_t kPanelColumns = 64;
+constexpr int64_t kPanelWord = 4 * kPanelColumns;
+constexpr int64_t kPanelAhead = 2048;  // bytes fetched ahead of their use
+
 // Rows of bytes of one strip, and what the codes mean.
 struct Codes {
   const uint8_t* p;
@@ -37,6 +45,11 @@ struct Ahead {
     }
   }
 };
+
+// What lies ahead of some words of a panel.
+QL_INLINE Ahead ahead_of(const uint8_t* w, int64_t words) {
+  return {w + kPanelAhead, kPanelWord, 4, 4, words};
+}
 
 // Four rows of one strip, interleaved. Rows past the last repeat it: the
 // activations there are zero.

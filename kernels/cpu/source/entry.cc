@@ -67,7 +67,8 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
                     ffi::AnyBuffer scale_, ffi::AnyBuffer zero_,
                     ffi::AnyBuffer x_scale_, ffi::AnyBuffer x_zero_,
                     ffi::AnyBuffer table_, ffi::Result<ffi::AnyBuffer> y_,
-                    int64_t bits, int64_t group, bool is_signed, int64_t isa) {
+                    int64_t bits, int64_t group, bool is_signed, bool panels,
+                    int64_t isa) {
   const Operand x(x_), w(w_), scale(scale_), zero(zero_), x_scale(x_scale_),
       x_zero(x_zero_), table(table_), y(*y_);
   const Kernels* const kernels = kernels_of(isa);
@@ -79,10 +80,16 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
   auto per_row = [&](const Operand& o) {
     return o.empty() || o.is(batch, x.rows, o.columns > 1 ? groups : 1);
   };
+  const int64_t padded = (x.columns + 3) / 4 * 4;
+  const bool holds =
+      panels ? bits == 8 && is_signed && groups == 1 && table.empty() &&
+                   w.is(batch, (y.columns + 63) / 64, 64 * padded)
+             : w.is(batch, w.rows, y.columns) &&
+                   w.rows * 8 >= x.columns * bits;
   const bool fits =
       kernels && groups > 0 && bits >= 1 && bits <= 8 &&
-      x.is(batch, y.rows, x.columns) && w.is(batch, w.rows, y.columns) &&
-      w.rows * 8 >= x.columns * bits && per_column(scale) && per_column(zero) &&
+      x.is(batch, y.rows, x.columns) && holds && per_column(scale) &&
+      per_column(zero) &&
       per_row(x_scale) && per_row(x_zero) &&
       (table.empty() || table.is(batch, 1, int64_t{1} << bits));
   if (!fits)
@@ -92,7 +99,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
   a.m = x.rows, a.k = x.columns, a.n = y.columns;
   a.group = group, a.groups = groups;
   a.bits = bits, a.is_signed = is_signed;
-  a.code_rows = w.rows;
+  a.code_rows = panels ? padded : w.rows, a.panels = panels;
   a.x_scales = x_scale.columns, a.x_zeros = x_zero.columns;
   const bool floats = y_->element_type() == ffi::DataType::F32;
   const int64_t threads = pool.num_threads();
@@ -264,6 +271,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_multiply, quantlab::Multiply,
                                   .Attr<int64_t>("bits")
                                   .Attr<int64_t>("group")
                                   .Attr<bool>("is_signed")
+                                  .Attr<bool>("panels")
                                   .Attr<int64_t>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quantlab_multiply_floats,

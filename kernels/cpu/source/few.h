@@ -151,6 +151,12 @@ QL_INLINE Slab slab_at(const Product& a, const Plan& plan, int64_t slab) {
 
 inline void few_plan(const Product& a, int64_t threads, Plan& p) {
   const int64_t rows = a.m + p.ones, units = few_units(a, p);
+  if (a.panels) {
+    p.panel = kPanelColumns;
+    p.slabs = 1;
+    p.few_bytes = 4 * rows * round_up(a.n, kWidth);
+    return;
+  }
   int64_t panels = ceil_div(4 * rows * a.n, kFewSums);
   if (panels > 1) panels = round_up(panels, threads);
   p.panel = round_up(ceil_div(a.n, panels), kWidth);
@@ -234,10 +240,23 @@ struct Few {
   }
 };
 
+// Integer sums of columns [n0, n1) of codes in panels.
+inline void few_panel(const Product& a, const Plan& plan, const int32_t* x,
+                      int64_t n0, int64_t n1, float* out) {
+  const int64_t rows = a.m + plan.ones;
+  for (int64_t n = n0; n < n1; n += kWidth, out += rows * kWidth) {
+    const uint8_t* const w = panel_at(a, plan, n);
+    Ahead ahead = ahead_of(w, plan.steps);
+    tile_of(rows, true)(w, plan.steps, x, plan.stride,
+                        reinterpret_cast<int32_t*>(out), false, ahead);
+  }
+}
+
 void few_task(const Product& a, const Plan& plan, const int32_t* x,
               const int32_t* x_sums, int64_t slab, int64_t n0, int64_t n1,
               float* few, void* work) {
   float* const out = few_at(a, plan, few, slab, n0);
+  if (a.panels) return few_panel(a, plan, x, n0, n1, out);
   const bool one = a.groups == 1;
   Few t{a, plan, x, x_sums, n0, n1,
         one ? reinterpret_cast<int32_t*>(out) : static_cast<int32_t*>(work),

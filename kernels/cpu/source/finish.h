@@ -28,6 +28,13 @@ QL_INLINE int offset_of(const Product& a) {
   return a.table ? 128 : a.is_signed ? 1 << (a.bits - 1) : 0;
 }
 
+// Where the words of the strip at column n begin, of codes in panels.
+QL_INLINE const uint8_t* panel_at(const Product& a, const Plan& plan,
+                                  int64_t n) {
+  return a.codes + n / kPanelColumns * plan.steps * kPanelWord +
+         n % kPanelColumns;
+}
+
 // The bits to flip in a byte of signed codes.
 QL_INLINE int flip_of(const Product& a, const Plan& plan) {
   const int bits = static_cast<int>(a.bits);

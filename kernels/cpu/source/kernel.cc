@@ -19,11 +19,13 @@ constexpr int64_t kMany = 16;             // rows of a tile
 constexpr int64_t kDecoded = 512 * 1024;  // bytes of decoded weight at a time
 constexpr int64_t kSums = 2048 * 1024;    // bytes of sums of one task
 constexpr int64_t kPanel = 1024;          // columns of one task, at most
+constexpr int64_t kInner = 32 * 1024;     // bytes of a block of a panel
 #else
 constexpr int64_t kMany = kTile;
 constexpr int64_t kDecoded = 16 * 1024;
 constexpr int64_t kSums = 512 * 1024;
 constexpr int64_t kPanel = 512;
+constexpr int64_t kInner = 16 * 1024;
 #endif
 constexpr int64_t kWide = 2048;  // of few rows: memory likes long runs
 
@@ -54,14 +56,19 @@ Plan plan(const Product& a, int64_t threads) {
   const int64_t widest = max_(min_(most, fits), kWidth);
   const int64_t panels = round_up(ceil_div(a.n, widest), threads);
   p.panel = round_up(ceil_div(a.n, panels), kWidth);
-  // On the matrix unit all strips of a task are decoded before they are used.
-  p.decoded = 4 * (p.tiled ? p.panel : kWidth) * p.planes;
-  p.block = kDecoded / p.decoded;
-  if (!p.tiled) p.block = min_(p.block, kAhead / (4 * p.panel));
-  p.block = ceil_div(p.steps, ceil_div(p.steps, p.block));
-  if (p.tiled) p.block = round_up(p.block, 16 / p.planes);
-  p.work_bytes = p.decoded * p.block +                // decoded strips
-                 2 * kWidth * (4 * p.block + 16) +    // copied, unpacked
+  if (a.panels) {
+    // A strip from end to end for a few rows; more find a block in L1 again.
+    p.block = p.rows <= 2 * kMany ? round_up(p.steps, 16) : kInner / kPanelWord;
+  } else {
+    // On the matrix unit all strips of a task are decoded before they are used.
+    p.decoded = 4 * (p.tiled ? p.panel : kWidth) * p.planes;
+    p.block = kDecoded / p.decoded;
+    if (!p.tiled) p.block = min_(p.block, kAhead / (4 * p.panel));
+    p.block = ceil_div(p.steps, ceil_div(p.steps, p.block));
+    if (p.tiled) p.block = round_up(p.block, 16 / p.planes);
+    p.copied = kWidth * (4 * p.block + 16);
+  }
+  p.work_bytes = p.decoded * p.block + 2 * p.copied +
                  4 * p.panel * (2 * p.rows + p.ones) + 256;
   return p;
 }
@@ -177,23 +184,26 @@ struct Task {
   }
 
   // One block of one strip: integer sums of every row, and, where it is the
-  // last of its group, what they add to y.
+  // last of its group, what they add to y. In panels it needs no decoding.
   void block(const Block& b, Codes c, const Columns& by, int32_t* sums,
              float* y) {
     const bool t = a.table != nullptr;
     const int64_t words = ceil_div(c.rows, 4) * plan.planes;
+    const uint8_t* const w = a.panels ? c.p : decoded;
     // With several tiles there is time to fetch in each, else while decoding;
     // which the first of several does itself, but for tables.
-    const bool several = rows() > kTile, apart = t || plan.ones || !several;
+    const bool several = a.panels || rows() > kTile;
+    const bool apart = a.panels || t || plan.ones || !several;
     Ahead none;
     Ahead& later = several ? ahead : none;
-    if (apart) {
+    if (apart && !a.panels) {
       Decode f = plan.planes == 1   ? decode_of<1>(t)
                  : plan.planes == 2 ? decode_of<2>(t)
                                     : decode_of<4>(t);
       f(c, several ? none : ahead, decoded);
     }
-    if (plan.ones) kTiles[0](decoded, words, b.x, plan.stride, sums, b.more, none);
+    if (plan.ones)
+      tile_of(1, a.panels)(w, words, b.x, plan.stride, sums, b.more, none);
     const FirstTile first = plan.planes == 1   ? first_tile<1>
                             : plan.planes == 2 ? first_tile<2>
                                                : first_tile<4>;
@@ -212,15 +222,15 @@ struct Task {
         if (decodes)
           first(c, decoded, x, plan.stride, out, b.more, later, &to);
         else
-          (a.zero ? kTilesOnto<true> : kTilesOnto<false>)[many - 1](
-              decoded, words, x, plan.stride, out, b.more, later, to);
+          onto_of(many, a.panels, a.zero != nullptr)(
+              w, words, x, plan.stride, out, b.more, later, to);
         out += kTile * kWidth;
         continue;
       }
       if (decodes)
         first(c, decoded, x, plan.stride, out, b.more, later, nullptr);
       else
-        kTiles[many - 1](decoded, words, x, plan.stride, out, b.more, later);
+        tile_of(many, a.panels)(w, words, x, plan.stride, out, b.more, later);
       if (b.last)
         scale_onto(a, x_sums, b.group, by, m0 + r, m0 + r + many, b.group == 0,
                    sums, out, y + r * kWidth);
@@ -228,18 +238,22 @@ struct Task {
     }
   }
 
-  // The same on the matrix unit, of a strip that has been decoded.
+  // The same on the matrix unit, of a strip that has been decoded, or lies in a
+  // panel.
   void matrix(const Block& b, const uint8_t* w, const Columns& by,
               int32_t* sums, float* y) {
     const int64_t words = ceil_div(b.rows, 4) * plan.planes;
     Ahead none;
-    if (plan.ones) kTiles[0](w, words, b.x, plan.stride, sums, b.more, none);
+    if (plan.ones)
+      tile_of(1, a.panels)(w, words, b.x, plan.stride, sums, b.more, none);
     const int32_t* x = b.tiles + m0 * plan.stride;
     int32_t* out = sums + ones();
     const bool keeps = b.more || !b.last || a.groups == 1;
     for (int64_t r = 0; r < rows(); r += kMany, x += kMany * plan.stride) {
       const int64_t many = min_(rows() - r, kMany);
-      matrix_tile(w, words, x, out, b.more, shapes);
+      // What a later tile reads is in L2 by then.
+      (a.panels && r == 0 ? matrix_tile<true> : matrix_tile<false>)(
+          w, words, x, out, b.more, shapes);
       if (b.last && is_simple(a)) {
         const Onto to{x_sums + (m0 + r) * a.groups + b.group, a.groups,
                       by.offset, a.zero ? by.zero : nullptr, by.scale,
@@ -269,7 +283,30 @@ struct Task {
       f(codes(row, count, n, min_(kWidth, n1 - n)), 1, decoded + i * apart, 0);
   }
 
+  // Codes in panels: strip by strip, each from its first row to its last.
+  void run_panels() {
+    for (int64_t n = n0; n < n1; n += kWidth) {
+      const int64_t columns = min_(kWidth, n1 - n);
+      const Columns by = columns_of(a, 0, n, columns);
+      float* const to = reinterpret_cast<float*>(sums + ones());
+      for (int64_t s = 0; s < plan.steps; s += plan.block) {
+        const int64_t words = min_(plan.block, plan.steps - s);
+        const Block b{0, x + s,
+                      x + plan.ones * plan.stride + s / 16 * kTileWords,
+                      4 * words, s > 0, s + words == plan.steps};
+        const uint8_t* const w = panel_at(a, plan, n) + s * kPanelWord;
+        ahead = ahead_of(w, words);
+        if (kMatrix)
+          matrix(b, w, by, sums, to);
+        else
+          block(b, Codes{w, 0, 4 * words, 0, nullptr}, by, sums, to);
+      }
+      write(a, n, columns, m0, m1, to);
+    }
+  }
+
   void run() {
+    if (a.panels) return run_panels();
     const int64_t all = round_up(rows(), kMany);
     const int64_t strip = kWidth * (all + plan.ones);
     const bool apart = plan.steps > plan.block;
@@ -319,12 +356,11 @@ void task(const Product& a, const Plan& plan, const int32_t* x,
   Task t{a, plan, x, x_sums, m0, m1, n0, n1, 0, 0, 0, 0, 0, {}, {}, {}};
   uint8_t* p = static_cast<uint8_t*>(work);
   p += 63 & -reinterpret_cast<uintptr_t>(p);
-  const int64_t copied = kWidth * (4 * plan.block + 16);
   const int64_t strips = plan.panel / kWidth;
   t.decoded = p;
   t.copied = p += plan.decoded * plan.block;
-  t.unpacked = p += copied;
-  t.sums = reinterpret_cast<int32_t*>(p += copied);
+  t.unpacked = p += plan.copied;
+  t.sums = reinterpret_cast<int32_t*>(p += plan.copied);
   t.y = reinterpret_cast<float*>(
       p + 4 * kWidth * strips * (plan.rows + plan.ones));
   table_of(a, t.table);

@@ -20,6 +20,7 @@ struct Product {
   const int8_t* x;       // (m, k)
   const uint8_t* codes;  // (code_rows, n)
   int64_t code_rows;
+  bool panels;  // codes of 8 bits lie in panels, see decode.h; one group
   const int8_t* table;     // (2^bits) or null
   const float* scale;      // (groups, n)
   const int32_t* zero;     // (groups, n)
@@ -44,6 +45,7 @@ struct Plan {
   bool tiled;          // prepared activations lie in tiles of 16 x 16 words
   int64_t block;       // steps decoded at a time
   int64_t decoded;     // bytes of one of them
+  int64_t copied;      // bytes of a block of one strip, copied or unpacked
   int64_t panel;       // columns of one task
   int64_t rows;        // rows of x of one task
   int64_t x_bytes;     // of the prepared activations, (ones + m, stride)

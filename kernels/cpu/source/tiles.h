@@ -17,16 +17,17 @@ QL_INLINE void begin(I (&sum)[R][4], const int32_t* out, bool more) {
     each<R * 4>([&](auto i) QL_NOW { sum[i / 4][i % 4] = zeros(); });
 }
 
-// R rows of activations by decoded words; no call in here, or the compiler
-// spills the sums.
-template <int R>
+// R rows of activations by words that are decoded, or lie in panels; no call in
+// here, or the compiler spills the sums.
+template <int R, bool kPanels>
 QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
                           const int32_t* x, int64_t stride, Ahead& ahead) {
+  constexpr int64_t kApart = kPanels ? kPanelColumns : kWidth;
   Ahead fetch = ahead;
-  for (int64_t i = 0; i < words; ++i, w += 4 * kWidth) {
-    if (i & 1) fetch.fetch();
+  for (int64_t i = 0; i < words; ++i, w += 4 * kApart) {
+    if (kPanels || i & 1) fetch.fetch();
     I v[4];
-    each<4>([&](auto j) QL_NOW { v[j] = load(w + j * kWidth); });
+    each<4>([&](auto j) QL_NOW { v[j] = load(w + j * kApart); });
     each<R>([&](auto r) QL_NOW {
       const X a = spread(x[r * stride + i]);
       each<4>([&](auto j) QL_NOW { sum[r][j] = dot(sum[r][j], v[j], a); });
@@ -73,13 +74,13 @@ QL_INLINE void keep(const I (&sum)[R][4], int32_t* out) {
   });
 }
 
-template <int R>
+template <int R, bool kPanels>
 __attribute__((noinline)) void tile(const uint8_t* w, int64_t words,
                                     const int32_t* x, int64_t stride,
                                     int32_t* out, bool more, Ahead& ahead) {
   I sum[R][4];
   begin<R>(sum, out, more);
-  accumulate<R>(sum, w, words, x, stride, ahead);
+  accumulate<R, kPanels>(sum, w, words, x, stride, ahead);
   keep<R>(sum, out);
 }
 
@@ -107,14 +108,14 @@ QL_INLINE void add_onto(const I (&sum)[R][4], const Onto& to) {
   });
 }
 
-template <int R, bool kZero>
+template <int R, bool kPanels, bool kZero>
 __attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
                                          const int32_t* x, int64_t stride,
                                          const int32_t* sums, bool more,
                                          Ahead& ahead, const Onto& to) {
   I sum[R][4];
   begin<R>(sum, sums, more);
-  accumulate<R>(sum, w, words, x, stride, ahead);
+  accumulate<R, kPanels>(sum, w, words, x, stride, ahead);
   add_onto<R, kZero>(sum, to);
 }
 
@@ -141,19 +142,30 @@ using Tile = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
                       int32_t*, bool, Ahead&);
 using Decode = void (*)(Codes, Ahead&, uint8_t*);
 
-template <int R>
-constexpr Tile tile_or_last = tile<(R <= kTile ? R : kTile)>;
-constexpr Tile kTiles[] = {tile_or_last<1>, tile_or_last<2>, tile_or_last<3>,
-                           tile_or_last<4>, tile_or_last<5>, tile_or_last<6>};
+template <int R, bool P>
+constexpr Tile tile_or_last = tile<(R <= kTile ? R : kTile), P>;
+template <bool P>
+constexpr Tile kTilesOf[] = {tile_or_last<1, P>, tile_or_last<2, P>,
+                             tile_or_last<3, P>, tile_or_last<4, P>,
+                             tile_or_last<5, P>, tile_or_last<6, P>};
+// The product of so many rows.
+inline Tile tile_of(int64_t rows, bool panels) {
+  return (panels ? kTilesOf<true> : kTilesOf<false>)[rows - 1];
+}
 
 using TileOnto = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
                           const int32_t*, bool, Ahead&, const Onto&);
-template <int R, bool Z>
-constexpr TileOnto onto_or_last = tile_onto<(R <= kTile ? R : kTile), Z>;
-template <bool Z>
-constexpr TileOnto kTilesOnto[] = {onto_or_last<1, Z>, onto_or_last<2, Z>,
-                                   onto_or_last<3, Z>, onto_or_last<4, Z>,
-                                   onto_or_last<5, Z>, onto_or_last<6, Z>};
+template <int R, bool P, bool Z>
+constexpr TileOnto onto_or_last = tile_onto<(R <= kTile ? R : kTile), P, Z>;
+template <bool P, bool Z>
+constexpr TileOnto kOntoOf[] = {onto_or_last<1, P, Z>, onto_or_last<2, P, Z>,
+                                onto_or_last<3, P, Z>, onto_or_last<4, P, Z>,
+                                onto_or_last<5, P, Z>, onto_or_last<6, P, Z>};
+inline TileOnto onto_of(int64_t rows, bool panels, bool zero) {
+  return (panels ? zero ? kOntoOf<true, true> : kOntoOf<true, false>
+          : zero ? kOntoOf<false, true>
+                 : kOntoOf<false, false>)[rows - 1];
+}
 
 template <int P>
 Decode decode_of(bool table) {
