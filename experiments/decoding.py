@@ -124,7 +124,7 @@ def measure(config: Any, folder: epath.Path, name: str) -> dict[str, Any]:
     params, _ = quantlab.io.load_tree(path)
     size = ql.nbytes(params)
   else:
-    model = ql.load(path, step)
+    model = ql.prepack(ql.load(path, step))
     step, params, size = model.apply, model.params, model.nbytes
   prompt, count = prompt_of(config), config['tokens']
   length = prompt.shape[1] + count

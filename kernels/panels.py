@@ -15,11 +15,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int8
+from jaxtyping import Array, Int, Int8
 
 COLUMNS = 64
 WORD = 4 * COLUMNS
-LAYOUT = 'cpu.panels'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +80,15 @@ class Panels:
   def of(self, codes: jax.Array) -> 'Panels':
     """Other codes of the same K and N."""
     return dataclasses.replace(self, codes=codes)
+
+  def columns(self, at: Int[Array, ' m']) -> Int8[Array, 'k m']:
+    """Single columns of a weight without leading axes."""
+    panels, words, _ = self.codes.shape
+    c = at % COLUMNS
+    lane = 16 * (c % 16 // 4) + 4 * (c // 16) + c % 4
+    q = self.codes.reshape(panels, words, COLUMNS, 4)[at // COLUMNS, :, lane]
+    q = q.reshape(len(at), 4 * words)[:, : self.k].T
+    return lax.bitcast_convert_type(q ^ jnp.uint8(128), jnp.int8)
 
   def unpack(self) -> Int8[Array, '*b k n']:
     """The weight as it was."""

@@ -45,6 +45,7 @@ from quantlab.io import load as load
 from quantlab.io import save as save
 from quantlab.plan import Plan as Plan
 from quantlab.planner import plan as plan
+from quantlab.prepacking import prepack as prepack
 from quantlab.ptq import Quantized as Quantized
 from quantlab.ptq import awq as awq
 from quantlab.ptq import (

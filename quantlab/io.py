@@ -23,6 +23,7 @@ from quantlab.core import tree as tree_lib
 from quantlab.graph.tracing import is_stored
 from quantlab.graph.values import Dropped
 from quantlab.plan import Plan, Storage
+from quantlab.prepacking import prepack
 from quantlab.ptq.model import Quantized, restore
 from quantlab.runtime import checkpoint
 from quantlab.runtime.checkpoint import CheckpointError as CheckpointError
@@ -49,14 +50,16 @@ def save(
 
   Raises:
     FileExistsError: something is there already.
-    ValueError: the parameters do not fit the plan, hold codes in another
-      layout than the canonical one, or a leaf that is no array or number.
+    ValueError: the parameters do not fit the plan, or hold a leaf that is no
+      array or number.
   """
   if not isinstance(model, Quantized):
     raise TypeError(
       f'save takes what ql.ptq or ql.load returns, found '
       f'{type(model).__name__}; quantlab.io.save_tree saves a tree of arrays'
     )
+  if rewrites.is_variables(model.params):
+    model = prepack(model, 'canonical')
   if found := list(_misfits(model.plan, model.params)):
     raise ValueError(f'cannot save to {os.fspath(path)!r}: {_listed(found)}')
   about = {'plan': model.plan.to_json(), 'report': model.report}

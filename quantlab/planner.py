@@ -158,6 +158,7 @@ class _Builder:
     self.stored: dict[str, Storage] = {}
     self.owner: dict[str, str] = {}
     self.effective: dict[str, Storage] = {}
+    self.turned: set[str] = set()  # sites whose codes lie otherwise
     self.notes: list[str] = []
 
   def build(self, strict: bool) -> Plan:
@@ -295,6 +296,7 @@ class _Builder:
         f'{old.quantizer} at {self.owner[path]!r}, {quantizer} at {site.id!r}'
       )
     if old.layout != layout:
+      self.turned.add(site.id)
       self.notes.append(
         f'{path}: its use at {site.id} contracts other axes than at '
         f'{self.owner[path]}, where its scales are; the product there runs on '
@@ -314,6 +316,12 @@ class _Builder:
             f'in float at {site.id!r}, and it is stored once. Give both uses '
             'one rule, or leave both in float.'
           )
+
+  def compute(self, site, rule) -> str:
+    if rule is None:
+      return 'float'
+    way = ops.route(site.kind, rule.quantizers)
+    return 'simulated' if way == 'int8' and site.id in self.turned else way
 
   def site_plan(self, site, rule, fold) -> SitePlan:
     computed = self.is_effective(site) or fold
@@ -337,9 +345,7 @@ class _Builder:
       matrix=matrix,
       macs=site.macs,
       rule=rule,
-      compute='float'
-      if rule is None
-      else ops.route(site.kind, rule.quantizers),
+      compute=self.compute(site, rule),
       fold=fold,
       tensors=(site.lhs, site.rhs, site.out),
     )

@@ -12,10 +12,18 @@ those of XLA's float32 product; limits are what the kernels are held to.
 
 from ml_collections import config_dict
 
-PRODUCTS = ('float32', 'bfloat16', 'w8a8', 'w4a8', 'ternary')
+PRODUCTS = (
+  'float32',
+  'bfloat16',
+  'w8a8',
+  'w8a8_prepacked',
+  'w4a8',
+  'ternary',
+)
 # Times as fast as float32, by product and rows.
 AT_LEAST = {
   'w8a8': {'1': 4.2, '16': 6.0, '256': 4.1},
+  'w8a8_prepacked': {'1': 4.2, '16': 6.0, '256': 4.1},
   'w4a8': {'1': 8.0, '16': 7.0, '256': 3.8},
   'ternary': {'1': 16.0, '16': 10.0, '256': 4.5},
 }
@@ -48,7 +56,7 @@ def large():
 
 def sites():
   """Products of real models, at five batch sizes."""
-  products = ('float32', 'w8a8', 'w4a8', 'ternary')
+  products = ('float32', 'w8a8', 'w8a8_prepacked', 'w4a8', 'ternary')
   even = {p: {str(m): 1.0 for m in ROWS} for p in products[1:]}
   sizes = (
     *((384, 384), (384, 1536), (1536, 384)),  # MiniLM
@@ -77,6 +85,7 @@ def get_config(which: str = 'large') -> config_dict.ConfigDict:
     {
       'benchmark': 'matmul',
       'seed': 0,
+      'seconds': 0.06,  # of one measurement, at least
       'shapes': chosen[which](),
       # Bytes of weights, past the caches, in at most so many.
       'rotate': 2**28 if many else 2**27,

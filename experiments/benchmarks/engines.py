@@ -102,6 +102,16 @@ def _random_packed(rng, k, n, bits):
   return rng.integers(0, 256, (k * bits // 8, n), np.uint8), scale
 
 
+def _random_int8(rng, k, n):
+  codes = rng.integers(-127, 128, (k, n), np.int8)
+  return codes, np.full((1, n), k**-0.5 / 127, np.float32)
+
+
+def _prepacked(rng, k, n):
+  codes, scale = _random_int8(rng, k, n)
+  return kernels.prepack(codes), scale
+
+
 PRODUCTS: dict[str, tuple[Callable, Callable]] = {
   'float32': (
     lambda rng, k, n: rows(rng, k, n) * np.float32(k**-0.5),
@@ -113,13 +123,8 @@ PRODUCTS: dict[str, tuple[Callable, Callable]] = {
       x.astype(jnp.bfloat16), w, preferred_element_type=jnp.float32
     ),
   ),
-  'w8a8': (
-    lambda rng, k, n: (
-      rng.integers(-127, 128, (k, n), np.int8),
-      np.full((1, n), k**-0.5 / 127, np.float32),
-    ),
-    _int8,
-  ),
+  'w8a8': (_random_int8, _int8),
+  'w8a8_prepacked': (_prepacked, _int8),
   'w4a8': (lambda rng, k, n: _random_packed(rng, k, n, 4), _packed(4)),
   'ternary': (lambda rng, k, n: _random_packed(rng, k, n, 2), _packed(2)),
   'w4a16': (lambda rng, k, n: _random_packed(rng, k, n, 4), _w4a16),

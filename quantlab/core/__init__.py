@@ -10,7 +10,10 @@ from quantlab.core.layout import LayoutError as LayoutError
 from quantlab.core.qparams import QParams as QParams
 from quantlab.core.qtensor import QTensor as QTensor
 from quantlab.core.qtensor import assemble as assemble
+from quantlab.core.qtensor import check_target as check_target
 from quantlab.core.qtensor import concatenate as concatenate
+from quantlab.core.qtensor import may_prepack as may_prepack
+from quantlab.core.qtensor import prepack as prepack
 from quantlab.core.qtensor import quantize as quantize
 from quantlab.core.quantize import decode as decode
 from quantlab.core.quantize import encode as encode

@@ -19,9 +19,12 @@ from quantlab.core.layout import Layout, LayoutError
 from quantlab.core.qparams import QParams
 from quantlab.core.quantize import check_key, decode, encode
 from quantlab.core.quantizer import Quantizer
-from quantlab_kernels import pack, unpack
+from quantlab_kernels import pack, panels, unpack
 
 CANONICAL = 'canonical'
+PANELS = 'cpu.panels'
+# Layouts of codes, by what reads them.
+_LAYOUTS = {CANONICAL: CANONICAL, 'cpu': PANELS}
 _CHILDREN = ('codes', 'scale', 'zero_point', 'scale2', 'codebook')
 
 
@@ -42,7 +45,7 @@ class QTensor:
     codebook    float32 (loops..., 2^bits, Nb), or None
 
   Attributes:
-    codes: see above; another tag may arrange them otherwise.
+    codes: see above; another tag arranges them otherwise (`prepack`).
     scale: see above.
     zero_point: see above.
     scale2: see above.
@@ -121,24 +124,25 @@ class QTensor:
   @property
   def packed(self) -> Array:
     """The codes as the bytes of `kernels.pack`: uint8."""
-    self._canonical('read the packed bytes of')
-    return lax.bitcast_convert_type(self.codes, jnp.uint8)
+    return lax.bitcast_convert_type(self._stored(), jnp.uint8)
 
   def unpack(self) -> Array:
     """Codes (loops..., K, N), one in each uint8 (uint16 for 16 bits)."""
-    self._canonical('unpack')
     return unpack(self.packed, self.quantizer.bits, self.k)
 
   def integers(self) -> Array:
     """What codes of an integer format stand for: int8 (loops..., K, N)."""
-    self._canonical('unpack')
-    if self.codes.dtype == jnp.int8:
-      return self.codes
+    codes = self._stored()
+    if codes.dtype == jnp.int8:
+      return codes
     return self.quantizer.format.to_int8(self.unpack())
+
+  def int8_weight(self) -> Array | panels.Panels:
+    """What `kernels.int8_matmul` takes: `integers`, or the codes in panels."""
+    return self.panels() if self.tag == PANELS else self.integers()
 
   def dequantize(self) -> Array:
     """The logical array in its dtype."""
-    self._canonical('dequantize')
     return _dequantize(self)
 
   def astype(self, dtype: Any) -> QTensor:
@@ -191,6 +195,19 @@ class QTensor:
         )
     return out
 
+  def take_columns(self, at: Array) -> QTensor:
+    """Columns of the canonical (K, N) matrix, by index; no loop axes."""
+    if self.loops:
+      raise LayoutError(f'{self!r} has loop axes: take columns within them')
+    n = self.columns
+
+    def pick(name, child):
+      if name == 'codes' and self.tag == PANELS:
+        return self.panels().columns(at)
+      return jnp.take(child, at, -1) if child.shape[-1] == n else child
+
+    return dataclasses.replace(self._map_named(pick), tag=CANONICAL, n=None)
+
   def slice_in_loop(self, start: int, limit: int) -> QTensor:
     """Entries start to limit of the first loop axis."""
     if not self.loops:
@@ -227,11 +244,23 @@ class QTensor:
   def _relaid(self, axes: relayout.Axes) -> QTensor:
     return dataclasses.replace(self, layout=axes.layout())
 
+  def panels(self) -> panels.Panels:
+    """The codes of an array that `prepack` arranged for the cpu."""
+    width = panels.COLUMNS * self.codes.shape[-3]
+    return panels.Panels(self.codes, self.k, width - self.columns)
+
+  def _stored(self) -> Array:
+    """Codes in the canonical layout, packed along K."""
+    if self.tag == PANELS:
+      return self.panels().unpack()
+    self._canonical('read')
+    return self.codes
+
   def _canonical(self, what: str) -> None:
     if self.tag != CANONICAL:
       raise LayoutError(
-        f'cannot {what} codes arranged as {self.tag!r}: keep the canonical '
-        'QTensor beside the prepacked one'
+        f'cannot {what} codes arranged as {self.tag!r}: do it before '
+        "ql.prepack, or after ql.prepack(model, 'canonical')"
       )
 
   def _children(self) -> dict[str, Array]:
@@ -321,6 +350,47 @@ def assemble(
     layout=layout,
     dtype=_logical_dtype(dtype),
   )
+
+
+def may_prepack(q: QTensor) -> bool:
+  """Whether the codes are int8, of scales that `kernels.int8_matmul` takes."""
+  return q.quantizer.format.stored_dtype == jnp.int8 and (
+    q.quantizer.per is not None
+  )
+
+
+def check_target(target: str) -> None:
+  """Raises a ValueError unless there is a layout of that name."""
+  if target not in _LAYOUTS:
+    raise ValueError(
+      f'no layout to pack codes ahead for {target!r}: expected one of '
+      f'{sorted(_LAYOUTS)}'
+    )
+
+
+def prepack(q: QTensor, target: str = 'cpu') -> QTensor:
+  """The same array, its codes arranged as a target reads them fastest.
+
+  Args:
+    q: an array of 8-bit signed integers with one scale a column or tensor.
+    target: 'cpu', or 'canonical' to undo it.
+
+  Returns:
+    An array equal to q; the loops stay in front, so that scan and vmap slice
+    it as before.
+  """
+  check_target(target)
+  if q.tag == _LAYOUTS[target]:
+    return q
+  if target == CANONICAL:
+    return dataclasses.replace(q, codes=q._stored(), tag=CANONICAL, n=None)
+  if not may_prepack(q):
+    raise ValueError(
+      f'{q!r} cannot be packed ahead: expected 8-bit signed integers with a '
+      'scale for each column or one for all; other codes are read as stored'
+    )
+  codes = panels.prepack(q.codes).codes
+  return dataclasses.replace(q, codes=codes, tag=PANELS, n=q.columns)
 
 
 def concatenate(tensors: Sequence[QTensor], axis: int) -> QTensor:

@@ -9,9 +9,7 @@ from quantlab.core import QTensor
 from quantlab.ops.dims import GatherDims
 
 
-def embed(
-  table: QTensor | jax.Array, index: jax.Array, dims: GatherDims
-) -> jax.Array:
+def embed(table: QTensor, index: jax.Array, dims: GatherDims) -> jax.Array:
   """Rows of a table, as the traced gather gives them.
 
   Args:
@@ -22,13 +20,7 @@ def embed(
   ids = index[..., 0]
   rows = table.shape[dims.row]
   flat = jnp.clip(ids.reshape(-1), 0, rows - 1)
-  picked = jax.tree.map(
-    lambda child: (
-      jnp.take(child, flat, axis=-1) if child.shape[-1] == rows else child
-    ),
-    table,
-  )
-  dense = jnp.moveaxis(picked.dequantize(), dims.row, 0)
+  dense = jnp.moveaxis(table.take_columns(flat).dequantize(), dims.row, 0)
   out = dense.reshape(*ids.shape, *dense.shape[1:])
   if 'fill' in dims.mode:
     inside = (ids >= 0) & (ids < rows)

@@ -139,7 +139,7 @@ def _int8_dot(site, x, w, quantizer, qparams):
   elif not packed and q.per is not None and q.format.signed:
     out = kernels.int8_matmul(
       rows.codes,
-      w.integers(),
+      w.int8_weight(),
       w_scale=found.step,
       w_zero=zero,
       **options,
