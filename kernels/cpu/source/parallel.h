@@ -1,6 +1,8 @@
 // Tasks shared among the threads of a pool and the caller.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -29,52 +31,72 @@ inline void* scratch(int slot, int64_t size) {
   return b.data;
 }
 
-// Threads of the pool that have just worked and wait a moment for more.
+// Threads of the pool that work for us, and wait a moment for more to do.
 //
 // To wake one takes some 30 microseconds, now and then on the caller's own
 // core: a tenth of a large product. The next product of a model mostly comes
-// sooner than a thread that waits gives up.
-class Waiting {
+// sooner than a thread that waits gives up. One that has not finished yet is
+// given the next job as well: were another woken in its place, both would
+// wait, and there would be more threads than cores.
+class Helpers {
  public:
-  // Gives a job to a thread that waits, or null: none does.
+  using Job = std::function<void()>*;
+
+  // Gives jobs to helpers that have none, up to `count`; says which they are.
   template <typename Work>
-  const void* give(const Work& work) {
-    if (threads_.load() == 0) return nullptr;
-    auto* const mine = new std::function<void()>(work);
-    Job none = nullptr;
-    if (job_.compare_exchange_strong(none, mine)) return mine;
-    delete mine;
-    return nullptr;
-  }
-
-  // Takes back a job that no thread has begun.
-  void withdraw(const void* given) {
-    Job job = job_.load();
-    if (job == given && job_.compare_exchange_strong(job, nullptr)) delete job;
-  }
-
-  void wait() {
-    for (bool worked = true; worked;) {
-      threads_.fetch_add(1);
-      Job job = nullptr;
-      for (int i = 0; i < kPauses && !job; ++i) {
-        __builtin_ia32_pause();
-        if (job_.load(std::memory_order_relaxed)) job = job_.exchange(nullptr);
-      }
-      threads_.fetch_sub(1);
-      if (!job) job = job_.exchange(nullptr);
-      if ((worked = job != nullptr)) (*job)();
-      delete job;
+  uint64_t give(const Work& work, int64_t count) {
+    uint64_t given = 0;
+    for (int i = 0; i < kMost && count > 0; ++i) {
+      Slot& s = slots_[i];
+      if (!s.taken.load() || s.job.load()) continue;
+      auto* const mine = new std::function<void()>(work);
+      Job none = nullptr;
+      if (s.job.compare_exchange_strong(none, mine))
+        given |= uint64_t{1} << i, --count;
+      else
+        delete mine;
     }
+    return given;
+  }
+
+  // Takes back jobs that no helper has begun.
+  void withdraw(uint64_t given) {
+    for (int i = 0; i < kMost; ++i)
+      if (given >> i & 1) delete slots_[i].job.exchange(nullptr);
+  }
+
+  // A thread of the pool works, and stays for a while.
+  template <typename Work>
+  void stay(const Work& work) {
+    Slot* mine = nullptr;
+    for (int i = 0; i < kMost && !mine; ++i)
+      if (!slots_[i].taken.exchange(true)) mine = &slots_[i];
+    work();
+    for (int idle = 0; mine && idle < kPauses; ++idle) {
+      __builtin_ia32_pause();
+      // Whoever else has work may have this core.
+      if (idle % 64 == 63) sched_yield();
+      if (!mine->job.load(std::memory_order_relaxed)) continue;
+      if (const Job job = mine->job.exchange(nullptr)) {
+        (*job)();
+        delete job;
+        idle = 0;
+      }
+    }
+    if (!mine) return;
+    delete mine->job.exchange(nullptr);
+    mine->taken.store(false);
   }
 
  private:
-  using Job = std::function<void()>*;
-  static constexpr int kPauses = 2000;
-  std::atomic<int> threads_{0};
-  std::atomic<Job> job_{nullptr};
+  struct Slot {
+    std::atomic<bool> taken{false};
+    std::atomic<Job> job{nullptr};
+  };
+  static constexpr int kPauses = 2000, kMost = 64;
+  Slot slots_[kMost];
 };
-inline Waiting waiting;
+inline Helpers helpers;
 
 // Runs task(i) for i in [0, count) on the pool and the calling thread.
 //
@@ -103,14 +125,11 @@ void parallel(Pool& pool, int64_t threads, int64_t count, const Task& task) {
       state->all.notify_all();
     }
   };
-  const void* const given = waiting.give(work);
-  for (int64_t i = given ? 2 : 1; i < threads; ++i)
-    pool.Schedule([work] {
-      work();
-      waiting.wait();
-    });
+  const uint64_t given = helpers.give(work, threads - 1);
+  for (int64_t i = 1 + __builtin_popcountll(given); i < threads; ++i)
+    pool.Schedule([work] { helpers.stay(work); });
   work();
-  if (given) waiting.withdraw(given);
+  helpers.withdraw(given);
   for (int i = 0; i < 4096 && state->done.load() < count; ++i)
     __builtin_ia32_pause();
   std::unique_lock<std::mutex> lock(state->mutex);

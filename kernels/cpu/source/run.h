@@ -28,15 +28,17 @@ void multiply(const Kernels& kernels, Product a, Pool& pool, int64_t threads) {
   const int64_t panels = (a.n + plan.panel - 1) / plan.panel;
   if (plan.direct) {
     auto* few = static_cast<float*>(scratch(3, plan.few_bytes));
+    auto finish = [&](int64_t i) {
+      const int64_t n0 = i * plan.panel, n1 = n0 + plan.panel;
+      kernels.few_finish(a, plan, sums, n0, n1 < a.n ? n1 : a.n, few);
+    };
     parallel(pool, threads, panels * plan.slabs, [&](int64_t i) {
       const int64_t n0 = i % panels * plan.panel, n1 = n0 + plan.panel;
       kernels.few_task(a, plan, x, sums, i / panels, n0, n1 < a.n ? n1 : a.n,
                        few, scratch(2, plan.work_bytes));
+      if (plan.slabs == 1) finish(i);
     });
-    parallel(pool, threads, panels, [&](int64_t i) {
-      const int64_t n0 = i * plan.panel, n1 = n0 + plan.panel;
-      kernels.few_finish(a, plan, sums, n0, n1 < a.n ? n1 : a.n, few);
-    });
+    if (plan.slabs > 1) parallel(pool, threads, panels, finish);
     return;
   }
   const int64_t chunks = (a.m + plan.rows - 1) / plan.rows;
