@@ -55,6 +55,10 @@ def copies(nbytes: int, rotate: int, most: int | None = None) -> int:
   return max(2, min(math.ceil(rotate / nbytes), most or sys.maxsize))
 
 
+def _repeated(run: Callable[[], Any]) -> Callable[[int], Any]:
+  return lambda times: [run() for _ in range(times)]
+
+
 def rows(rng: np.random.Generator, m: int, k: int) -> np.ndarray:
   return rng.standard_normal((m, k), np.float32)
 
@@ -142,27 +146,20 @@ def ours(
   # In memory of their own; what they hold makes no difference.
   weights = [jax.tree.map(jnp.copy, first) for _ in range(count)]
 
-  # All in one call, as a decode loop is: to start one wakes several threads,
-  # which takes half a millisecond where cores sleep.
   @jax.jit
-  def chain(x, weights, times):
-    def once(_, carry):
-      x, y = carry
-      for w in weights:
-        y = product(x, w)
-        # Each waits for the one before. By one element, in place: sums over
-        # whole rows would be fused, and keep every product so far.
-        first = x[:1, :1] + 1e-30 * y[:1, :1]
-        x = jax.lax.dynamic_update_slice(x, first, (0, 0))
-      return x, y
-
-    y = jnp.zeros((x.shape[0], n), jnp.float32)
-    return jax.lax.fori_loop(0, times, once, (x, y))[1]
+  def chain(x, weights):
+    y = None
+    for w in weights:
+      y = product(x, w)
+      # Each waits for the one before, by one element, in place.
+      first = x[:1, :1] + 1e-30 * y[:1, :1]
+      x = jax.lax.dynamic_update_slice(x, first, (0, 0))
+    return y
 
   def by_rows(m: int) -> Contestant:
     x = jnp.asarray(rows(rng, m, k))
     return Contestant(
-      lambda times: jax.block_until_ready(chain(x, weights, times)),
+      _repeated(lambda: jax.block_until_ready(chain(x, weights))),
       len(weights),
       nbytes,
     )
@@ -171,10 +168,6 @@ def ours(
 
 
 # Other engines.
-
-
-def _repeated(run: Callable[[], Any]) -> Callable[[int], Any]:
-  return lambda times: [run() for _ in range(times)]
 
 
 def available(names) -> dict[str, Engine]:

@@ -48,7 +48,7 @@ template <bool kPanels>
 QL_INLINE void fetch_tile(const uint8_t* w, int t) {
   if (!kPanels) return;
   for (int i = 0; i < 16; ++i)
-    __builtin_prefetch(w + kPanelAhead + 1024 * t + 64 * i, 0, 3);
+    __builtin_prefetch(w + 2 * kPanelAhead + 1024 * t + 64 * i, 0, 3);
 }
 
 // sums (16, kWidth) of `words` words, more than none; they are added to what

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kFewSums = 64 * 1024;   // of sums of one task, at most
 constexpr int64_t kFewBytes = 32 * 1024;  // of codes of one task, at least
 constexpr int64_t kFewAhead = 32 * 1024;  // bytes fetched ahead of their use
-constexpr int64_t kRun = 4;                // steps from one pass to the next
+constexpr int64_t kRun = 8;                // steps from one pass to the next
 
 // One pass from left to right.
 struct Pass {

@@ -40,17 +40,18 @@ inline void* scratch(int slot, int64_t size) {
 // wait, and there would be more threads than cores.
 class Helpers {
  public:
-  using Job = std::function<void()>*;
-
-  // Gives jobs to helpers that have none, up to `count`; says which they are.
+  // Gives jobs to helpers that wait, or still work for this caller, up to
+  // `count`; says which they are.
   template <typename Work>
   uint64_t give(const Work& work, int64_t count) {
     uint64_t given = 0;
     for (int i = 0; i < kMost && count > 0; ++i) {
       Slot& s = slots_[i];
       if (!s.taken.load() || s.job.load()) continue;
-      auto* const mine = new std::function<void()>(work);
-      Job none = nullptr;
+      const void* const busy = s.works_for.load();
+      if (busy && busy != caller()) continue;
+      auto* const mine = new Job{work, caller()};
+      Job* none = nullptr;
       if (s.job.compare_exchange_strong(none, mine))
         given |= uint64_t{1} << i, --count;
       else
@@ -65,33 +66,48 @@ class Helpers {
       if (given >> i & 1) delete slots_[i].job.exchange(nullptr);
   }
 
-  // A thread of the pool works, and stays for a while.
+  // A thread of the pool works for a caller, and stays for a while.
   template <typename Work>
-  void stay(const Work& work) {
+  void stay(const Work& work, const void* caller) {
     Slot* mine = nullptr;
     for (int i = 0; i < kMost && !mine; ++i)
       if (!slots_[i].taken.exchange(true)) mine = &slots_[i];
+    if (!mine) return work();
+    mine->works_for.store(caller);
     work();
-    for (int idle = 0; mine && idle < kPauses; ++idle) {
+    mine->works_for.store(nullptr);
+    for (int idle = 0; idle < kPauses; ++idle) {
       __builtin_ia32_pause();
       // Whoever else has work may have this core.
       if (idle % 64 == 63) sched_yield();
       if (!mine->job.load(std::memory_order_relaxed)) continue;
-      if (const Job job = mine->job.exchange(nullptr)) {
-        (*job)();
+      if (Job* const job = mine->job.exchange(nullptr)) {
+        mine->works_for.store(job->caller);
+        job->work();
+        mine->works_for.store(nullptr);
         delete job;
         idle = 0;
       }
     }
-    if (!mine) return;
     delete mine->job.exchange(nullptr);
     mine->taken.store(false);
   }
 
+  // Tells callers apart.
+  static const void* caller() {
+    thread_local const char mine = 0;
+    return &mine;
+  }
+
  private:
+  struct Job {
+    std::function<void()> work;
+    const void* caller;
+  };
   struct Slot {
     std::atomic<bool> taken{false};
-    std::atomic<Job> job{nullptr};
+    std::atomic<const void*> works_for{nullptr};
+    std::atomic<Job*> job{nullptr};
   };
   static constexpr int kPauses = 2000, kMost = 64;
   Slot slots_[kMost];
@@ -127,7 +143,9 @@ void parallel(Pool& pool, int64_t threads, int64_t count, const Task& task) {
   };
   const uint64_t given = helpers.give(work, threads - 1);
   for (int64_t i = 1 + __builtin_popcountll(given); i < threads; ++i)
-    pool.Schedule([work] { helpers.stay(work); });
+    pool.Schedule([work, caller = Helpers::caller()] {
+      helpers.stay(work, caller);
+    });
   work();
   helpers.withdraw(given);
   for (int i = 0; i < 4096 && state->done.load() < count; ++i)
