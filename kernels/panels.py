@@ -11,6 +11,7 @@ for word i, with 0 <= j, l, c, r < 4. Codes are kept as unsigned bytes, code +
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,24 +27,24 @@ class Panels:
   """An int8 weight (..., K, N) in panels; a pytree of one array.
 
   `int8_matmul` takes it in the place of the weight. Leading axes may be
-  sliced, scanned and mapped over; panels may be sharded along theirs where N
-  is a multiple of 64.
+  sliced, sharded, scanned and mapped over; panels may be sharded along theirs
+  where N is a multiple of 64.
 
   Attributes:
     codes: uint8 (..., ceil(N / 64), ceil(K / 4), 256).
     k: the true K.
-    pad: columns of the last panel that are not there.
+    n: the true N, of all panels.
   """
 
   codes: jax.Array
   k: int
-  pad: int
+  n: int
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the weight: (..., K, N)."""
     *lead, panels, _, _ = self.codes.shape
-    return (*lead, self.k, panels * COLUMNS - self.pad)
+    return (*lead, self.k, columns(self.n, panels))
 
   @property
   def ndim(self) -> int:
@@ -51,7 +52,7 @@ class Panels:
 
   @property
   def size(self) -> int:
-    return self.codes.size
+    return math.prod(self.shape)
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -60,15 +61,7 @@ class Panels:
 
   @property
   def nbytes(self) -> int:
-    return self.codes.nbytes
-
-  def check_shard(self) -> None:
-    """Raises where shard_map has split panels the last of which is not full."""
-    if self.pad and jax.typeof(self.codes).mat.varying:
-      raise ValueError(
-        f'a weight in panels that is sharded must have full ones: found '
-        f'{self.pad} columns too few, expected N to be a multiple of {COLUMNS}'
-      )
+    return math.prod(self.codes.shape)
 
   def reshape(self, *shape: int) -> 'Panels':
     """Splits or merges leading axes; K and N stay."""
@@ -98,16 +91,33 @@ class Panels:
     order = [at + axis for axis in (1, 5, 0, 3, 2, 4)]  # i r p l j c
     q = q.transpose(*range(at), *order)
     q = q.reshape(*lead, 4 * words, COLUMNS * panels)[..., : self.k, :]
-    q = q[..., : COLUMNS * panels - self.pad]
+    q = q[..., : columns(self.n, panels)]
     return lax.bitcast_convert_type(q ^ jnp.uint8(128), jnp.int8)
 
 
 jax.tree_util.register_dataclass(
-  Panels, data_fields=['codes'], meta_fields=['k', 'pad']
+  Panels, data_fields=['codes'], meta_fields=['k', 'n']
 )
 
 
-def prepack(wq: Int8[Array, '*b k n'], target: str = 'cpu') -> Panels:
+def columns(n: int, panels: int) -> int:
+  """Columns of so many panels: all of a weight of n columns, or a shard's.
+
+  Raises:
+    ValueError: a part of a weight whose last panel is not full.
+  """
+  if panels == -(-n // COLUMNS):
+    return n
+  if n % COLUMNS:
+    raise ValueError(
+      f'{panels} of the {-(-n // COLUMNS)} panels of a weight of {n} columns: '
+      f'to be sharded along its columns it must have a multiple of {COLUMNS}, '
+      'or be packed after it is sharded'
+    )
+  return COLUMNS * panels
+
+
+def prepack(wq: Int8[Array, '*b k n'] | Panels, target: str = 'cpu') -> Panels:
   """Packs an int8 weight as a backend reads it fastest, once, ahead of its use.
 
   Only 8-bit codes gain: codes of fewer bits are decoded on the way to the
@@ -115,16 +125,23 @@ def prepack(wq: Int8[Array, '*b k n'], target: str = 'cpu') -> Panels:
   the model is made, not within the function that multiplies.
 
   Args:
-    wq: int8 weight (..., K, N).
+    wq: int8 weight (..., K, N); one in panels comes back as it is.
     target: the backend; 'cpu' is the only one with a layout of its own.
 
   Returns:
     What `int8_matmul` takes in the place of wq. Its `unpack()` gives wq back.
   """
+  if isinstance(wq, Panels):
+    return wq
   if target != 'cpu':
     raise ValueError(
       f"no layout to pack ahead for {target!r}: expected 'cpu'; other backends "
       'read codes as they are stored'
+    )
+  if isinstance(wq, jax.ShapeDtypeStruct):
+    raise TypeError(
+      'prepack takes arrays, found shapes; jax.eval_shape(prepack, w) gives '
+      'the shapes of what it makes'
     )
   wq = jnp.asarray(wq)
   if wq.dtype != jnp.int8 or wq.ndim < 2:
@@ -143,7 +160,7 @@ def prepack(wq: Int8[Array, '*b k n'], target: str = 'cpu') -> Panels:
   at = len(lead)
   order = [at + axis for axis in (2, 0, 4, 3, 5, 1)]  # p i j l c r
   q = q.transpose(*range(at), *order)
-  return Panels(q.reshape(*lead, panels, words, WORD), k, pad)
+  return Panels(q.reshape(*lead, panels, words, WORD), k, n)
 
 
 def plain(w: 'jax.Array | Panels') -> jax.Array:

@@ -25,8 +25,12 @@ def prepack(model: Quantized, target: str = 'cpu') -> Quantized:
   fast, at 16 rows 1.5. Everything else is read as it is stored, and stays so:
   fewer bits, kernels of convolutions, joined or sliced weights, and so few
   columns that panels of 64 would be more than an eighth larger. Outputs are the
-  same to the last bit. `ql.save` writes the canonical layout all the same; what
+  same to the last bit (with strict=False, where codes also reach operations on
+  floats, to rounding). `ql.save` writes the canonical layout all the same; what
   changes codes (training, search) takes the model before this.
+
+  Pure: `jax.eval_shape` gives the shapes of a prepacked model. Columns may be
+  sharded where their number is a multiple of 64.
 
   Args:
     model: what `ql.ptq` or `ql.load` returned.

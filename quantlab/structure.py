@@ -135,7 +135,7 @@ def _describe_qtensor(q: QTensor, path: Path, arrays: dict[str, Any]) -> Node:
     raise StructureError(
       f'{_name(path)!r} holds codes arranged as {q.tag!r}, for one device; a '
       f'checkpoint holds the layout {qtensor_lib.CANONICAL!r}, which every '
-      'device can read. Save the model from before it was prepacked'
+      "device can read. Use ql.save, or ql.prepack(model, 'canonical') first"
     )
   named = {name: getattr(q, name) for name in _CHILDREN}
   kept = {name: child for name, child in named.items() if child is not None}

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import quantlab as ql
 from quantlab import core
@@ -121,6 +123,25 @@ def test_what_is_saved_is_canonical(tmp_path):
   np.testing.assert_array_equal(
     q.dequantize(), model.params['weights']['w'].dequantize()
   )
+
+
+def test_columns_are_shared_among_devices():
+  x, w = _normal(0, 4, 64), _normal(1, 64, 256)
+  model = ql.ptq(lambda p, x: x @ p['w'], {'w': w}, {'w': W8A8}, [x])
+  packed = ql.prepack(model)
+  specs = jax.tree.map(
+    lambda a: P('d') if a.ndim == 3 else P(None, 'd'), packed.params
+  )
+  mesh = Mesh(np.array(jax.devices()[:2]), 'd')
+  for checked in (True, False):
+    run = jax.shard_map(
+      packed.apply,
+      mesh=mesh,
+      in_specs=(specs, P()),
+      out_specs=P(None, 'd'),
+      check_vma=checked,
+    )
+    _equal(jax.jit(run)(packed.params, x), model.apply(model.params, x))
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -54,8 +54,6 @@ def int8_matmul(
     wq = jnp.asarray(wq)
   elif transpose_w:
     raise ValueError('wq is packed ahead, as (K, N): transpose_w=True is not')
-  else:
-    wq.check_shard()
   shapes.require_dtype('xq', xq, jnp.int8)
   shapes.require_dtype('wq', wq, jnp.int8)
   if wq.ndim < 2:

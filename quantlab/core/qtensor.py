@@ -55,7 +55,7 @@ class QTensor:
     layout: from canonical to logical axes.
     dtype: of the logical array.
     tag: 'canonical', or the name of a layout made for one device.
-    n: output length where the tag is not canonical.
+    n: output length, of all shards, where the tag is not canonical.
   """
 
   codes: Array
@@ -78,6 +78,8 @@ class QTensor:
   @property
   def columns(self) -> int:
     """The canonical N."""
+    if self.tag == PANELS and self.n is not None:
+      return panels.columns(self.n, self.codes.shape[-3])
     return self.codes.shape[-1] if self.n is None else self.n
 
   @property
@@ -246,8 +248,8 @@ class QTensor:
 
   def panels(self) -> panels.Panels:
     """The codes of an array that `prepack` arranged for the cpu."""
-    width = panels.COLUMNS * self.codes.shape[-3]
-    return panels.Panels(self.codes, self.k, width - self.columns)
+    assert self.n is not None
+    return panels.Panels(self.codes, self.k, self.n)
 
   def _stored(self) -> Array:
     """Codes in the canonical layout, packed along K."""

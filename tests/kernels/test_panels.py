@@ -142,14 +142,29 @@ def test_scales_have_the_gradients_of_the_definition():
 def test_panels_are_shared_among_devices():
   x, w = _codes(3, 12), _codes(12, 128)
   mesh = Mesh(np.array(jax.devices()[:2]), 'd')
+  for checked in (True, False):
+    run = jax.shard_map(
+      _int32,
+      mesh=mesh,
+      in_specs=(P(), P('d')),
+      out_specs=P(None, 'd'),
+      check_vma=checked,
+    )
+    np.testing.assert_array_equal(
+      jax.jit(run)(x, qk.prepack(w)), oracle.int_product(x, w)
+    )
+    with pytest.raises(ValueError, match='a multiple of 64'):
+      jax.eval_shape(run, x, qk.prepack(w[:, :100]))
+
+
+def test_experts_are_shared_among_devices():
+  x, w = _codes(2, 3, 12), _codes(2, 12, 100)
+  mesh = Mesh(np.array(jax.devices()[:2]), 'd')
   run = jax.shard_map(
-    _int32, mesh=mesh, in_specs=(P(), P('d')), out_specs=P(None, 'd')
+    _int32, mesh=mesh, in_specs=(P('d'), P('d')), out_specs=P('d')
   )
-  np.testing.assert_array_equal(
-    jax.jit(run)(x, qk.prepack(w)), oracle.int_product(x, w)
-  )
-  with pytest.raises(ValueError, match='multiple of 64'):
-    jax.eval_shape(run, x, qk.prepack(w[:, :100]))
+  want = [oracle.int_product(*each) for each in zip(x, w, strict=True)]
+  np.testing.assert_array_equal(jax.jit(run)(x, qk.prepack(w)), want)
 
 
 # Choices and errors ----------------------------------------------------------
@@ -173,7 +188,11 @@ def test_what_cannot_be_packed_is_refused():
     qk.prepack(w.view(np.uint8))
   with pytest.raises(TypeError, match=r'int8\[70\]'):
     qk.prepack(w[0])
+  with pytest.raises(TypeError, match=r'eval_shape\(prepack, w\)'):
+    qk.prepack(jax.ShapeDtypeStruct(w.shape, w.dtype))
   p = qk.prepack(w)
+  assert qk.prepack(p) is p
+  assert jax.eval_shape(qk.prepack, w).nbytes == p.nbytes == 2 * 3 * 256
   with pytest.raises(ValueError, match='transpose_w'):
     qk.int8_matmul(_codes(3, 70), p, transpose_w=True)
   with pytest.raises(ValueError, match='k=12'):

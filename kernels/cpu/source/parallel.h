@@ -40,30 +40,45 @@ inline void* scratch(int slot, int64_t size) {
 // wait, and there would be more threads than cores.
 class Helpers {
  public:
+  static constexpr int kMost = 64;
+  struct Job {
+    std::function<void()> work;
+    const void* caller;
+  };
+  // What was given, by helper.
+  struct Given {
+    int64_t count = 0;
+    int helper[kMost];
+    Job* job[kMost];
+  };
+
   // Gives jobs to helpers that wait, or still work for this caller, up to
-  // `count`; says which they are.
+  // `count`.
   template <typename Work>
-  uint64_t give(const Work& work, int64_t count) {
-    uint64_t given = 0;
-    for (int i = 0; i < kMost && count > 0; ++i) {
+  void give(const Work& work, int64_t count, Given& given) {
+    for (int i = 0; i < kMost && given.count < count; ++i) {
       Slot& s = slots_[i];
       if (!s.taken.load() || s.job.load()) continue;
       const void* const busy = s.works_for.load();
       if (busy && busy != caller()) continue;
       auto* const mine = new Job{work, caller()};
       Job* none = nullptr;
-      if (s.job.compare_exchange_strong(none, mine))
-        given |= uint64_t{1} << i, --count;
-      else
+      if (s.job.compare_exchange_strong(none, mine)) {
+        given.helper[given.count] = i;
+        given.job[given.count++] = mine;
+      } else {
         delete mine;
+      }
     }
-    return given;
   }
 
   // Takes back jobs that no helper has begun.
-  void withdraw(uint64_t given) {
-    for (int i = 0; i < kMost; ++i)
-      if (given >> i & 1) delete slots_[i].job.exchange(nullptr);
+  void withdraw(const Given& given) {
+    for (int64_t i = 0; i < given.count; ++i) {
+      Job* job = given.job[i];
+      if (slots_[given.helper[i]].job.compare_exchange_strong(job, nullptr))
+        delete given.job[i];
+    }
   }
 
   // A thread of the pool works for a caller, and stays for a while.
@@ -81,13 +96,15 @@ class Helpers {
       // Whoever else has work may have this core.
       if (idle % 64 == 63) sched_yield();
       if (!mine->job.load(std::memory_order_relaxed)) continue;
-      if (Job* const job = mine->job.exchange(nullptr)) {
+      mine->works_for.store(mine);  // so that no other caller finds it free
+      Job* const job = mine->job.exchange(nullptr);
+      if (job) {
         mine->works_for.store(job->caller);
         job->work();
-        mine->works_for.store(nullptr);
         delete job;
         idle = 0;
       }
+      mine->works_for.store(nullptr);
     }
     delete mine->job.exchange(nullptr);
     mine->taken.store(false);
@@ -100,16 +117,12 @@ class Helpers {
   }
 
  private:
-  struct Job {
-    std::function<void()> work;
-    const void* caller;
-  };
   struct Slot {
     std::atomic<bool> taken{false};
     std::atomic<const void*> works_for{nullptr};
     std::atomic<Job*> job{nullptr};
   };
-  static constexpr int kPauses = 2000, kMost = 64;
+  static constexpr int kPauses = 2000;
   Slot slots_[kMost];
 };
 inline Helpers helpers;
@@ -141,8 +154,9 @@ void parallel(Pool& pool, int64_t threads, int64_t count, const Task& task) {
       state->all.notify_all();
     }
   };
-  const uint64_t given = helpers.give(work, threads - 1);
-  for (int64_t i = 1 + __builtin_popcountll(given); i < threads; ++i)
+  Helpers::Given given;
+  helpers.give(work, threads - 1, given);
+  for (int64_t i = 1 + given.count; i < threads; ++i)
     pool.Schedule([work, caller = Helpers::caller()] {
       helpers.stay(work, caller);
     });
