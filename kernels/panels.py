@@ -44,7 +44,7 @@ class Panels:
   def shape(self) -> tuple[int, ...]:
     """Shape of the weight: (..., K, N)."""
     *lead, panels, _, _ = self.codes.shape
-    return (*lead, self.k, columns(self.n, panels))
+    return (*lead, self.k, _width(self.n, panels))
 
   @property
   def ndim(self) -> int:
@@ -91,7 +91,7 @@ class Panels:
     order = [at + axis for axis in (1, 5, 0, 3, 2, 4)]  # i r p l j c
     q = q.transpose(*range(at), *order)
     q = q.reshape(*lead, 4 * words, COLUMNS * panels)[..., : self.k, :]
-    q = q[..., : columns(self.n, panels)]
+    q = q[..., : _width(self.n, panels)]
     return lax.bitcast_convert_type(q ^ jnp.uint8(128), jnp.int8)
 
 
@@ -100,7 +100,7 @@ jax.tree_util.register_dataclass(
 )
 
 
-def columns(n: int, panels: int) -> int:
+def _width(n: int, panels: int) -> int:
   """Columns of so many panels: all of a weight of n columns, or a shard's.
 
   Raises:

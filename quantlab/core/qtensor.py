@@ -78,8 +78,8 @@ class QTensor:
   @property
   def columns(self) -> int:
     """The canonical N."""
-    if self.tag == PANELS and self.n is not None:
-      return panels.columns(self.n, self.codes.shape[-3])
+    if self.tag == PANELS:
+      return self.panels().shape[-1]
     return self.codes.shape[-1] if self.n is None else self.n
 
   @property

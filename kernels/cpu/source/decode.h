@@ -6,6 +6,7 @@
 
 #include <string.h>
 
+#include "product.h"
 #include "vec.h"
 
 namespace {
@@ -14,8 +15,7 @@ namespace {
 // of four rows each, as `interleave` makes them of vectors of 64 bytes (those
 // of 32 are their halves), with their top bits flipped. They need no decoding,
 // and memory is read in one run. Rows and columns are filled up.
-constexpr int64_t kPanelColumns = 64;
-constexpr int64_t kPanelWord = 4 * kPanelColumns;
+constexpr int64_t kPanelWord = 4 * quantlab::kPanelColumns;
 constexpr int64_t kPanelAhead = 2048;  // bytes fetched ahead of their use
 
 // Rows of bytes of one strip, and what the codes mean.

@@ -83,7 +83,8 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
   const int64_t padded = (x.columns + 3) / 4 * 4;
   const bool holds =
       panels ? bits == 8 && is_signed && groups == 1 && table.empty() &&
-                   w.is(batch, (y.columns + 63) / 64, 64 * padded)
+                   w.is(batch, (y.columns + kPanelColumns - 1) / kPanelColumns,
+                        kPanelColumns * padded)
              : w.is(batch, w.rows, y.columns) &&
                    w.rows * 8 >= x.columns * bits;
   const bool fits =

@@ -6,6 +6,8 @@
 
 namespace quantlab {
 
+constexpr int64_t kPanelColumns = 64;  // of codes packed ahead, see decode.h
+
 // I[g, m, n] = sum_{k in g} (x[m, k] - x_zero[m, g]) (w[k, n] - zero[g, n])
 // y[m, n]    = sum_g x_scale[m, g] scale[g, n] I[g, m, n]
 //

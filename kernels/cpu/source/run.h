@@ -15,8 +15,8 @@ constexpr int64_t kAlone = 256 * 1024;
 template <typename Pool>
 void multiply(const Kernels& kernels, Product a, Pool& pool, int64_t threads) {
   if (a.code_rows * a.n * (a.m < 8 ? 8 : a.m) < 8 * kAlone) threads = 1;
-  const int64_t columns = a.panels ? (a.n + 63) / 64 * 64 : a.n;
-  use_large_pages(a.codes, a.code_rows * columns);
+  const int64_t width = a.panels ? kPanelColumns : 1;
+  use_large_pages(a.codes, a.code_rows * ((a.n + width - 1) / width * width));
   const Plan plan = kernels.plan(a, threads);
   auto* x = static_cast<int32_t*>(scratch(0, plan.x_bytes));
   auto* sums = static_cast<int32_t*>(scratch(1, plan.sum_bytes));
