@@ -4,10 +4,10 @@ Operations: `quantize_activation`, `int8_matmul`, `w4a8_matmul`,
 `ternary_matmul`, `lut_matmul`, `w4a16_matmul`, `dense_and_sparse_matmul`,
 `int8_conv`, `hadamard`. Each is a folder with its definition (reference.py) and
 one file a backend; `explain(op, *args)` prints which one would run, and why.
-Storage: `pack`, `unpack`, `packed_rows`; `prepack` arranges an int8 weight as
-the cpu kernels read it fastest. `slower_than_float` knows the sizes at
-which a product is not worth it. `python -m quantlab_kernels.build`
-compiles the cpu backend ahead of its first use.
+Storage: `pack`, `unpack`, `packed_rows`; `prepack` arranges a weight as the
+cpu kernels read it fastest. `slower_than_float` knows the sizes at which a
+product is not worth it. `python -m quantlab_kernels.build` compiles the cpu
+backend ahead of its first use.
 """
 
 from quantlab_kernels.crossover import slower_than_float as slower_than_float

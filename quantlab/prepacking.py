@@ -20,14 +20,16 @@ from quantlab_kernels.panels import COLUMNS
 def prepack(model: Quantized, target: str = 'cpu') -> Quantized:
   """Packs weights ahead as `target` reads them, once.
 
-  For 'cpu' these are the 8-bit weights that dense products with 8-bit
-  activations use, and a tied embedding: at one row they are read 1.2 times as
-  fast, at 16 rows 1.5. Everything else is read as it is stored, and stays so:
-  fewer bits, kernels of convolutions, joined or sliced weights, and so few
-  columns that panels of 64 would be more than an eighth larger. Outputs are the
-  same to the last bit (with strict=False, where codes also reach operations on
-  floats, to rounding). `ql.save` writes the canonical layout all the same; what
-  changes codes (training, search) takes the model before this.
+  For 'cpu' these are the weights of 8, 4 and 2 bits that dense products with
+  8-bit activations use, and tied embeddings: memory is fastest in long runs.
+  Everything else is read as it is stored, and stays so: other widths, groups
+  that are no multiples of 4, 8 or 16 codes of these, kernels of convolutions,
+  joined or sliced weights, and so few columns that panels of 64 would be more
+  than an eighth larger. Outputs are the same to the last bit where a column has
+  one scale; sums over groups, and with strict=False what operations on floats
+  make of codes, are the same to rounding. `ql.save` writes the canonical layout
+  all the same; what changes codes (training, search) takes the model before
+  this.
 
   Pure: `jax.eval_shape` gives the shapes of a prepacked model. Columns may be
   sharded where their number is a multiple of 64.

@@ -1,6 +1,7 @@
 """Models whose weights are packed ahead are the same models."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +33,18 @@ def _equal(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
 
 
-def _check(apply, params, batch, want, recipe=None):
+def _check(apply, params, batch, want, recipe=None, rtol=0.0):
   """Packs what is wanted; outputs, and what comes back, are the same."""
   model = ql.ptq(apply, params, recipe or {'.*': W8A8}, [batch])
   packed = ql.prepack(model)
   assert {k for k, tag in _tags(packed).items() if tag == PANELS} == want
   assert packed.report['prepacked']['weights'] == sorted(want)
   for run in (lambda f: f, jax.jit):
-    _equal(
-      run(packed.apply)(packed.params, *batch),
-      run(model.apply)(model.params, *batch),
+    got = run(packed.apply)(packed.params, *batch)
+    expected = run(model.apply)(model.params, *batch)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=rtol, atol=rtol),
+      *(got, expected),
     )
   _equal(ql.prepack(packed).params, packed.params)
   back = ql.prepack(packed, 'canonical')
@@ -55,7 +58,7 @@ def test_dense_layers_and_no_others():
     'kernel': _normal(0, 3, 3, 8, 64),
     'up': _normal(1, 64, 128),
     'down': _normal(2, 128, 64),
-    'fourbit': _normal(3, 64, 64),
+    'threebit': _normal(3, 64, 64),
     'narrow': _normal(4, 64, 10),
   }
 
@@ -64,13 +67,46 @@ def test_dense_layers_and_no_others():
       x, p['kernel'], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
     y = jax.nn.relu(y.mean((1, 2)) @ p['up']) @ p['down']
-    return (y @ p['fourbit']) @ p['narrow']
+    return (y @ p['threebit']) @ p['narrow']
 
   recipe = {
-    'fourbit': dataclasses.replace(W8A8, weight=ql.int4()),
+    'threebit': dataclasses.replace(W8A8, weight=ql.int3()),
     '.*': W8A8,
   }
   _check(apply, params, (_normal(5, 2, 6, 6, 8),), {'up', 'down'}, recipe)
+
+
+# Whether products read a weight in panels, and how its sums are made.
+_READ = {
+  'a column': (
+    *(ql.int8(), ql.int8(symmetric=False), ql.int4(), ql.uint4()),
+    *(ql.int2(), ql.ternary(), ql.fp4_e2m1(), ql.int4(per='tensor')),
+  ),
+  'groups': (
+    *(ql.int8(group=4), ql.int4(group=8), ql.uint4(group=32), ql.mxfp4()),
+    *(ql.int2(group=16), ql.ternary(group=32), ql.mxint8()),
+  ),
+  'no': (
+    *(ql.int3(), ql.int4(group=4), ql.int2(group=8), ql.nf4(), ql.binary()),
+    *(ql.odd(bits=2), ql.fp8_e4m3(), ql.uint8()),
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ('sums', 'quantizer'),
+  [(sums, q) for sums, all_ in _READ.items() for q in all_],
+  ids=str,
+)
+def test_what_products_read_in_panels(sums, quantizer):
+  params = {'w': _normal(0, 64, 128)}
+  rule = dataclasses.replace(W8A8, weight=quantizer)
+  _check(
+    *(lambda p, x: x @ p['w'], params, (_normal(1, 5, 64),)),
+    set() if sums == 'no' else {'w'},
+    {'w': rule},
+    rtol=1e-5 if sums == 'groups' else 0,
+  )
 
 
 def test_stacks_that_are_scanned():
@@ -82,7 +118,8 @@ def test_stacks_that_are_scanned():
   _check(apply, params, (_normal(1, 5, 64),), {'w'})
 
 
-def test_a_tied_embedding_and_transposed_weights():
+@pytest.mark.parametrize('weight', [ql.int8(), ql.int4(group=16)], ids=str)
+def test_a_tied_embedding_and_transposed_weights(weight):
   params = {'table': _normal(0, 256, 64), 'w': _normal(1, 128, 64)}
 
   def apply(p, ids):
@@ -90,7 +127,8 @@ def test_a_tied_embedding_and_transposed_weights():
     return (x @ p['w'].T) @ p['w'] @ p['table'].T
 
   ids = jnp.asarray([[0, 255, 63], [64, 7, 130]])
-  _check(apply, params, (ids,), {'table'})
+  recipe = {'.*': dataclasses.replace(W8A8, weight=weight)}
+  _check(apply, params, (ids,), {'table'}, recipe, rtol=1e-5)
 
 
 def test_joined_and_sliced_weights_stay():
@@ -153,9 +191,10 @@ def test_what_cannot_be_packed_is_refused():
     ql.prepack(model, 'tpu')
   with pytest.raises(TypeError, match=r'found dict; quantlab\.core\.prepack'):
     ql.prepack(model.params)
-  q = core.quantize(w, ql.int4(), core.Layout.of(w.shape, (0,)))
-  with pytest.raises(ValueError, match='8-bit signed integers'):
-    core.prepack(q)
+  for quantizer in (ql.int3(), ql.int4(group=4), ql.nf4()):
+    q = core.quantize(w, quantizer, core.Layout.of(w.shape, (0,)))
+    with pytest.raises(ValueError, match='integers or small floats of 8, 4 or'):
+      core.prepack(q)
   packed = core.prepack(model.params['weights']['w'])
   with pytest.raises(core.LayoutError, match=r'before ql\.prepack'):
     packed.slice((0, 0), (64, 32))

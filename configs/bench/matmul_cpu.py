@@ -12,20 +12,24 @@ those of XLA's float32 product; limits are what the kernels are held to.
 
 from ml_collections import config_dict
 
-PRODUCTS = (
-  'float32',
-  'bfloat16',
-  'w8a8',
-  'w8a8_prepacked',
-  'w4a8',
-  'ternary',
+# Low-bit products, with weights as they are stored and packed ahead.
+LOW_BITS = tuple(
+  name + ahead
+  for name in ('w8a8', 'w4a8', 'ternary')
+  for ahead in ('', '_prepacked')
 )
-# Times as fast as float32, by product and rows.
+PRODUCTS = ('float32', 'bfloat16', *LOW_BITS)
+# Times as fast as float32, by rows.
+_W8A8 = {'1': 4.2, '16': 6.0, '256': 4.1}
+_W4A8 = {'1': 8.0, '16': 7.0, '256': 3.8}
+_TERNARY = {'1': 16.0, '16': 10.0, '256': 4.5}
 AT_LEAST = {
-  'w8a8': {'1': 4.2, '16': 6.0, '256': 4.1},
-  'w8a8_prepacked': {'1': 4.2, '16': 6.0, '256': 4.1},
-  'w4a8': {'1': 8.0, '16': 7.0, '256': 3.8},
-  'ternary': {'1': 16.0, '16': 10.0, '256': 4.5},
+  'w8a8': _W8A8,
+  'w8a8_prepacked': _W8A8,
+  'w4a8': _W4A8,
+  'w4a8_prepacked': _W4A8,
+  'ternary': _TERNARY,
+  'ternary_prepacked': _TERNARY,
 }
 
 
@@ -56,7 +60,7 @@ def large():
 
 def sites():
   """Products of real models, at five batch sizes."""
-  products = ('float32', 'w8a8', 'w8a8_prepacked', 'w4a8', 'ternary')
+  products = ('float32', *LOW_BITS)
   even = {p: {str(m): 1.0 for m in ROWS} for p in products[1:]}
   sizes = (
     *((384, 384), (384, 1536), (1536, 384)),  # MiniLM

@@ -111,9 +111,16 @@ def _random_int8(rng, k, n):
   return codes, np.full((1, n), k**-0.5 / 127, np.float32)
 
 
-def _prepacked(rng, k, n):
-  codes, scale = _random_int8(rng, k, n)
-  return kernels.prepack(codes), scale
+def _prepacked(make):
+  def weight(rng, k, n):
+    codes, scale = make(rng, k, n)
+    return kernels.prepack(codes), scale
+
+  return weight
+
+
+def _codes(bits: int):
+  return lambda rng, k, n: _random_packed(rng, k, n, bits)
 
 
 PRODUCTS: dict[str, tuple[Callable, Callable]] = {
@@ -128,10 +135,12 @@ PRODUCTS: dict[str, tuple[Callable, Callable]] = {
     ),
   ),
   'w8a8': (_random_int8, _int8),
-  'w8a8_prepacked': (_prepacked, _int8),
-  'w4a8': (lambda rng, k, n: _random_packed(rng, k, n, 4), _packed(4)),
-  'ternary': (lambda rng, k, n: _random_packed(rng, k, n, 2), _packed(2)),
-  'w4a16': (lambda rng, k, n: _random_packed(rng, k, n, 4), _w4a16),
+  'w8a8_prepacked': (_prepacked(_random_int8), _int8),
+  'w4a8': (_codes(4), _packed(4)),
+  'w4a8_prepacked': (_prepacked(_codes(4)), _packed(4)),
+  'ternary': (_codes(2), _packed(2)),
+  'ternary_prepacked': (_prepacked(_codes(2)), _packed(2)),
+  'w4a16': (_codes(4), _w4a16),
 }
 
 
@@ -151,8 +160,9 @@ def ours(
     y = None
     for w in weights:
       y = product(x, w)
-      # Each waits for the one before, by one element, in place.
-      first = x[:1, :1] + 1e-30 * y[:1, :1]
+      # Each waits for the one before, by one element, in place: read here
+      # too, it would be copied with all of x.
+      first = 1 + 1e-30 * y[:1, :1]
       x = jax.lax.dynamic_update_slice(x, first, (0, 0))
     return y
 

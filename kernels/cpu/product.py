@@ -53,6 +53,20 @@ def refuses(*operands: jax.Array | Panels) -> str | None:
   return library.unavailable()
 
 
+def refuses_panels(
+  k: int, w: jax.Array | Panels, bits: int, group: int
+) -> str | None:
+  """Returns why codes in panels cannot be read in place, or None."""
+  if not isinstance(w, Panels):
+    return None
+  if bits not in (2, 4, 8):
+    return f'codes of {bits} bits straddle the bytes of panels'
+  word = 32 // bits
+  if group < k and group % word:
+    return f'groups of {group} are no multiple of the {word} codes of a word'
+  return None
+
+
 def _is_local() -> bool:
   """Whether this is traced inside shard_map, on the shards of one device."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -101,7 +115,7 @@ def multiply(
 
   Args:
     x: rows.
-    w: codes, packed along K, or 8-bit ones in panels.
+    w: codes, packed along K, in rows or in panels.
     scale, zero, x_scale, x_zero: as there, of two axes.
     table: what the codes stand for; None is themselves.
     bits: width of a code.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
-from quantlab_kernels import registry, shapes
+from quantlab_kernels import panels, registry, shapes
 from quantlab_kernels.panels import Panels
 
 _OP = registry.Op('int8_matmul')
@@ -50,9 +50,8 @@ def int8_matmul(
     Jacob et al., arXiv:1712.05877, equation 7.
   """
   xq = jnp.asarray(xq)
-  if not isinstance(wq, Panels):
-    wq = jnp.asarray(wq)
-  elif transpose_w:
+  wq = panels.operand(wq)
+  if isinstance(wq, Panels) and transpose_w:
     raise ValueError('wq is packed ahead, as (K, N): transpose_w=True is not')
   shapes.require_dtype('xq', xq, jnp.int8)
   shapes.require_dtype('wq', wq, jnp.int8)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
-from quantlab_kernels import packing, registry, shapes
+from quantlab_kernels import packing, panels, registry, shapes
+from quantlab_kernels.panels import Panels
 
 _OP = registry.Op('lut_matmul')
 
 
 def lut_matmul(
   xq: Int8[Array, '*b m k'],
-  packed: UInt8[Array, '*b kp n'],
+  packed: UInt8[Array, '*b kp n'] | Panels,
   table: Int8[Array, '*b codes'],
   scale: jax.typing.ArrayLike,
   *,
@@ -34,7 +35,8 @@ def lut_matmul(
 
   Args:
     xq: int8 activations, shape (*lead, ..., K).
-    packed: codes packed along K by `pack`, shape (*lead, Kp, N).
+    packed: codes packed along K by `pack`, shape (*lead, Kp, N); or what
+      `prepack` makes of them.
     table: what the codes stand for, (2^bits,) or (*lead, 2^bits).
     scale: shape broadcasting to (*lead, G, N), G = ceil(K / group).
     bits: width of a code, 2 to 4.
@@ -52,7 +54,8 @@ def lut_matmul(
   References:
     QLoRA (NF4), arXiv:2305.14314; SqueezeLLM (k-means), arXiv:2306.07629.
   """
-  xq, packed, table = (jnp.asarray(a) for a in (xq, packed, table))
+  xq, table = jnp.asarray(xq), jnp.asarray(table)
+  packed = panels.operand(packed)
   shapes.require_dtype('xq', xq, jnp.int8)
   shapes.require_dtype('packed', packed, jnp.uint8)
   shapes.require_dtype('table', table, jnp.int8)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from quantlab_kernels import packing, shapes
+from quantlab_kernels import packing, panels, shapes
 from quantlab_kernels.registry import is_definition as route  # noqa: F401
 from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
 
@@ -10,7 +10,8 @@ from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
 def run(x, p, table, scale, x_scale, x_zero, *, bits, group, out_dtype):
   """Returns the scaled product, shape (M, N)."""
   k, groups = x.shape[1], scale.shape[0]
-  w = table.astype(jnp.int32)[packing.unpack(p, bits, k).astype(jnp.int32)]
+  q = packing.unpack(panels.plain_bytes(p), bits, k)
+  w = table.astype(jnp.int32)[q.astype(jnp.int32)]
   # A short last group ends in zeros, which add nothing.
   w = shapes.split_group_rows(w, group, groups)
   x = shapes.split_groups(x.astype(jnp.int32), group, groups)

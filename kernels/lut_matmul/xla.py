@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from quantlab_kernels import packing
+from quantlab_kernels import packing, panels
 from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
 from quantlab_kernels.w4a8_matmul import xla
 
@@ -17,7 +17,7 @@ def route(x, p, table, scale, x_scale, x_zero, *, bits, **options) -> str:
 
 def run(x, p, table, scale, x_scale, x_zero, *, bits, group, out_dtype):
   """Returns the scaled product, shape (M, N)."""
-  codes = packing.unpack(p, bits, x.shape[1])
+  codes = packing.unpack(panels.plain_bytes(p), bits, x.shape[1])
   w = lax.bitcast_convert_type(table, jnp.uint8)[codes.astype(jnp.int32)]
   return xla.run(
     *(x, w, scale, None, x_scale, x_zero),

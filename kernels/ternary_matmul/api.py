@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
+from quantlab_kernels.panels import Panels
 from quantlab_kernels.w4a8_matmul import w4a8_matmul
 
 
 def ternary_matmul(
   xq: Int8[Array, '*b m k'],
-  packed: UInt8[Array, '*b kp n'],
+  packed: UInt8[Array, '*b kp n'] | Panels,
   scale: jax.typing.ArrayLike,
   *,
   group: int | None = None,
@@ -28,7 +29,8 @@ def ternary_matmul(
 
   Args:
     xq: int8 activations, shape (*lead, ..., K).
-    packed: codes packed along K by `pack` with two bits, (*lead, Kp, N).
+    packed: codes packed along K by `pack` with two bits, (*lead, Kp, N); or
+      what `prepack` makes of them.
     scale: shape broadcasting to (*lead, G, N), G = ceil(K / group); BitNet
       has one for the whole weight.
     group: weights along K that share a scale; None is all of K.

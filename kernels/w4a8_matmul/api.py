@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
-from quantlab_kernels import codes, packing, registry, shapes
+from quantlab_kernels import codes, packing, panels, registry, shapes
+from quantlab_kernels.panels import Panels
 
 _OP = registry.Op('w4a8_matmul')
 
 
 def w4a8_matmul(
   xq: Int8[Array, '*b m k'],
-  packed: UInt8[Array, '*b kp n'],
+  packed: UInt8[Array, '*b kp n'] | Panels,
   scale: jax.typing.ArrayLike,
   *,
   bits: int = 4,
@@ -32,7 +33,8 @@ def w4a8_matmul(
 
   Args:
     xq: int8 activations, shape (*lead, ..., K).
-    packed: codes packed along K by `pack`, shape (*lead, Kp, N).
+    packed: codes packed along K by `pack`, shape (*lead, Kp, N); or what
+      `prepack` makes of them (of signed 8-bit codes: of int8 ones).
     scale: shape broadcasting to (*lead, G, N), G = ceil(K / group); a last
       axis that divides N holds one entry per block of columns.
     bits: width of a code, 1 to 8.
@@ -53,9 +55,9 @@ def w4a8_matmul(
   References:
     QServe, arXiv:2405.04532 (W4A8 by group); OdysseyLLM, arXiv:2311.09550.
   """
-  xq, packed = jnp.asarray(xq), jnp.asarray(packed)
+  xq, packed = jnp.asarray(xq), panels.operand(packed)
   shapes.require_dtype('xq', xq, jnp.int8)
-  shapes.require_dtype('packed', packed, jnp.uint8)
+  panels.require_packed('packed', packed, bits, signed)
   if not 1 <= bits <= 8:
     raise ValueError(f'w4a8_matmul takes codes of 1 to 8 bits, found {bits=}')
   if not jnp.issubdtype(out_dtype, jnp.floating):

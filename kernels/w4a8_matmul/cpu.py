@@ -6,10 +6,11 @@ from quantlab_kernels.cpu import product
 from quantlab_kernels.w4a8_matmul import xla
 
 
-def refuses(x, p, *rest, **options) -> str | None:
+def refuses(x, p, *rest, bits, group, **options) -> str | None:
   """Says why it cannot run."""
   del rest, options
-  return product.refuses(x, p)
+  unread = product.refuses_panels(x.shape[1], p, bits, group)
+  return product.refuses(x, p) or unread
 
 
 def route(x, p, scale, zero, x_scale, x_zero, *, bits, **options) -> str:

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from quantlab_kernels import codes, shapes
+from quantlab_kernels import codes, panels, shapes
 from quantlab_kernels.registry import is_definition as route  # noqa: F401
 from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
 
@@ -10,7 +10,7 @@ from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
 def run(x, p, scale, zero, x_scale, x_zero, *, bits, group, signed, out_dtype):
   """Returns the scaled product, shape (M, N)."""
   k, groups = x.shape[1], scale.shape[0]
-  w = codes.unpack_int32(p, bits, k, signed)
+  w = codes.unpack_int32(panels.plain_bytes(p), bits, k, signed)
   valid = shapes.split_groups(jnp.ones((k,), jnp.int32), group, groups)
   w = shapes.split_group_rows(w, group, groups)
   x = shapes.split_groups(x.astype(jnp.int32), group, groups)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantlab_kernels import codes, int_dot, shapes
+from quantlab_kernels import codes, int_dot, panels, shapes
 from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
 
 # With several devices a loop over groups gathers a weight sharded along K, so
@@ -26,9 +26,10 @@ def _batched(m: int, n: int, groups: int) -> bool:
 
 def route(x, p, scale, zero, x_scale, x_zero, **options):
   """Says how it runs."""
-  del p, zero, x_scale, x_zero
+  del zero, x_scale, x_zero
   (m, k), (groups, n) = x.shape, scale.shape
-  unpacked = f'{options["bits"]}-bit codes unpacked to int8, '
+  first = panels.unpacked_first(p)
+  unpacked = f'{options["bits"]}-bit codes unpacked to int8{first}, '
   if groups == 1:
     return unpacked + int_dot.describe(m, k, n)
   if _batched(m, n, groups):
@@ -39,7 +40,7 @@ def route(x, p, scale, zero, x_scale, x_zero, **options):
 def run(x, p, scale, zero, x_scale, x_zero, *, bits, group, signed, out_dtype):
   """Returns the scaled product, shape (M, N)."""
   (m, k), (groups, n) = x.shape, scale.shape
-  w = codes.unpack_int8(p, bits, k, signed)
+  w = codes.unpack_int8(panels.plain_bytes(p), bits, k, signed)
   if codes.offset(bits, signed):
     zero = jnp.zeros((groups, n), jnp.int32) if zero is None else zero
     zero = zero - codes.offset(bits, signed)

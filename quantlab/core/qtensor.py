@@ -19,7 +19,8 @@ from quantlab.core.layout import Layout, LayoutError
 from quantlab.core.qparams import QParams
 from quantlab.core.quantize import check_key, decode, encode
 from quantlab.core.quantizer import Quantizer
-from quantlab_kernels import pack, panels, unpack
+from quantlab.formats import Minifloat
+from quantlab_kernels import pack, packed_rows, panels, unpack
 
 CANONICAL = 'canonical'
 PANELS = 'cpu.panels'
@@ -143,6 +144,10 @@ class QTensor:
     """What `kernels.int8_matmul` takes: `integers`, or the codes in panels."""
     return self.panels() if self.tag == PANELS else self.integers()
 
+  def packed_weight(self) -> Array | panels.Panels:
+    """What `kernels.w4a8_matmul` takes: `packed`, or the codes in panels."""
+    return self.panels() if self.tag == PANELS else self.packed
+
   def dequantize(self) -> Array:
     """The logical array in its dtype."""
     return _dequantize(self)
@@ -249,7 +254,9 @@ class QTensor:
   def panels(self) -> panels.Panels:
     """The codes of an array that `prepack` arranged for the cpu."""
     assert self.n is not None
-    return panels.Panels(self.codes, self.k, self.n)
+    rows = packed_rows(self.k, self.quantizer.bits)
+    dtype = np.dtype(self.quantizer.format.stored_dtype)
+    return panels.Panels(self.codes, rows, self.n, dtype)
 
   def _stored(self) -> Array:
     """Codes in the canonical layout, packed along K."""
@@ -355,10 +362,18 @@ def assemble(
 
 
 def may_prepack(q: QTensor) -> bool:
-  """Whether the codes are int8, of scales that `kernels.int8_matmul` takes."""
-  return q.quantizer.format.stored_dtype == jnp.int8 and (
-    q.quantizer.per is not None
-  )
+  """Whether products of int8 activations read the codes in panels.
+
+  They are integers or small floats of 8, 4 or 2 bits, and groups are whole
+  words of four rows of bytes.
+  """
+  z = q.quantizer
+  integer = z.format.is_integer and z.format.has_zero
+  small = isinstance(z.format, Minifloat) and z.bits <= 4
+  if z.bits not in (2, 4, 8) or not (integer or small):
+    return False
+  group = z.block[0] if z.block else z.group
+  return group is None or group >= q.k or group % (32 // z.bits) == 0
 
 
 def check_target(target: str) -> None:
@@ -374,7 +389,8 @@ def prepack(q: QTensor, target: str = 'cpu') -> QTensor:
   """The same array, its codes arranged as a target reads them fastest.
 
   Args:
-    q: an array of 8-bit signed integers with one scale a column or tensor.
+    q: an array of codes of 8, 4 or 2 bits, in groups that are multiples of 4,
+      8 or 16 codes.
     target: 'cpu', or 'canonical' to undo it.
 
   Returns:
@@ -388,8 +404,9 @@ def prepack(q: QTensor, target: str = 'cpu') -> QTensor:
     return dataclasses.replace(q, codes=q._stored(), tag=CANONICAL, n=None)
   if not may_prepack(q):
     raise ValueError(
-      f'{q!r} cannot be packed ahead: expected 8-bit signed integers with a '
-      'scale for each column or one for all; other codes are read as stored'
+      f'{q!r} cannot be packed ahead: expected integers or small floats '
+      'of 8, 4 or 2 bits, in groups that are multiples of 4, 8 or 16 codes; '
+      'others are read as stored'
     )
   codes = panels.prepack(q.codes).codes
   return dataclasses.replace(q, codes=codes, tag=PANELS, n=q.columns)

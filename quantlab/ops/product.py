@@ -129,7 +129,7 @@ def _int8_dot(site, x, w, quantizer, qparams):
   if table is not None:
     out = kernels.lut_matmul(
       rows.codes,
-      w.packed,
+      w.packed_weight(),
       jnp.asarray(table.entries),
       found.step * np.float32(table.unit),
       bits=q.format.bits,
@@ -147,7 +147,7 @@ def _int8_dot(site, x, w, quantizer, qparams):
   else:
     out = kernels.w4a8_matmul(
       rows.codes,
-      w.packed,
+      w.packed_weight(),
       found.step,
       bits=q.format.bits,
       group=group,

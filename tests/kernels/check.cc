@@ -31,6 +31,8 @@ struct Case {
     a.bits = pick(0, 3) ? pick(1, 8) : 8;
     a.is_signed = pick(0, 1);
     a.group = pick(0, 2) ? pick(1, a.k) : a.k;
+    const int64_t word = 32 / a.bits;  // codes of a word of a panel
+    if (pick(0, 1)) a.group = (a.group + word - 1) / word * word;
     a.groups = (a.k + a.group - 1) / a.group;
     const bool floats = a.groups > 1 || pick(0, 2);
     const bool tabled = a.bits <= 4 && pick(0, 2) == 0;
@@ -57,15 +59,19 @@ struct Case {
     for (int64_t i = 0; i < zero.count; ++i) zero.set(i, pick(-128, 255));
     for (int64_t i = 0; i < x_zero.count; ++i) x_zero.set(i, pick(-128, 127));
     a.x = x.p, a.codes = codes.p;
-    a.panels = a.bits == 8 && a.is_signed && a.groups == 1 && pick(0, 1);
-    const int64_t words = (a.n + 63) / 64 * ((a.k + 3) / 4);
+    const bool packs = a.bits == 8 ? !tabled : a.bits == 4 || a.bits == 2;
+    const bool whole = a.groups == 1 || a.group % word == 0;
+    a.panels = packs && whole && pick(0, 1);
+    const int64_t code_rows = a.code_rows;
+    const int64_t words = (a.n + 63) / 64 * ((code_rows + 3) / 4);
+    const int flip = a.bits == 8 && a.is_signed ? 0x80 : 0;
     Exact<uint8_t> panels(256 * words, pick(0, 63));
     if (a.panels) {
       for (int64_t i = 0; i < panels.count; ++i) panels.set(i, pick(0, 255));
-      for (int64_t k = 0; k < a.k; ++k)
+      for (int64_t k = 0; k < code_rows; ++k)
         for (int64_t n = 0; n < a.n; ++n)
-          panels.set(in_panels(a.k, k, n), codes.get(k * a.n + n) ^ 0x80);
-      a.codes = panels.p, a.code_rows = (a.k + 3) / 4 * 4;
+          panels.set(in_panels(code_rows, k, n), codes.get(k * a.n + n) ^ flip);
+      a.codes = panels.p, a.code_rows = (code_rows + 3) / 4 * 4;
     }
     a.table = tabled ? table.p : nullptr;
     a.scale = floats && pick(0, 3) ? scale.p : nullptr;
@@ -84,7 +90,7 @@ struct Case {
     for (int64_t m = 0; m < a.m; ++m)
       for (int64_t n = 0; n < a.n; ++n) {
         double want = 0;
-        int64_t whole = 0;
+        int64_t last = 0;
         for (int64_t g = 0; g < a.groups; ++g) {
           int64_t sum = 0;
           const int64_t end = std::min(a.k, (g + 1) * a.group);
@@ -96,10 +102,10 @@ struct Case {
           double s = a.scale ? scale.get(g * a.n + n) : 1;
           if (a.x_scale) s *= x_scale.get(m * a.x_scales + (a.x_scales > 1) * g);
           want += s * sum;
-          whole = sum;
+          last = sum;
         }
         const double got = floats ? y.get(m * a.n + n) : sums.get(m * a.n + n);
-        if (!floats) want = static_cast<int32_t>(whole);
+        if (!floats) want = static_cast<int32_t>(last);
         if (std::abs(got - want) > 2e-6 * (1e5 + std::abs(want))) {
           std::printf("m=%ld k=%ld n=%ld bits=%ld group=%ld: %g, not %g\n",
                       static_cast<long>(a.m), static_cast<long>(a.k),

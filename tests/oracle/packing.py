@@ -42,14 +42,15 @@ def unpack(p, bits, k):
 
 
 def panels(w):
-  """int8 (K, N) as the cpu kernels read it: uint8 (panels, words, 256)."""
+  """int8 or uint8 (K, N) as the cpu kernels read it: (panels, words, 256)."""
   k, n = w.shape
-  out = np.full((-(-n // 64), -(-k // 4), 256), 128, np.uint8)
+  more = 128 if w.dtype == np.int8 else 0
+  out = np.full((-(-n // 64), -(-k // 4), 256), more, np.uint8)
   for row in range(k):
     for column in range(n):
       p, c = divmod(column, 64)
       lane, c = divmod(c, 16)
       vector, c = divmod(c, 4)
       at = 64 * vector + 16 * lane + 4 * c + row % 4
-      out[p, row // 4, at] = int(w[row, column]) + 128
+      out[p, row // 4, at] = int(w[row, column]) + more
   return out

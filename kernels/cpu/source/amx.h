@@ -43,20 +43,21 @@ class Shapes {
   int64_t last_ = -1;
 };
 
-// Fetches tile t of the words that follow.
-template <bool kPanels>
-QL_INLINE void fetch_tile(const uint8_t* w, int t) {
-  if (!kPanels) return;
-  for (int i = 0; i < 16; ++i)
-    __builtin_prefetch(w + 2 * kPanelAhead + 1024 * t + 64 * i, 0, 3);
+// Fetches lines number kLines t on of what is used later, so that memory does
+// not rest while tile t is multiplied.
+template <int kLines>
+QL_INLINE void fetch(const uint8_t* p, int t) {
+  for (int i = 0; i < kLines; ++i)
+    __builtin_prefetch(p + 64 * (kLines * t + i), 0, 3);
 }
 
 // sums (16, kWidth) of `words` words, more than none; they are added to what
 // is there if there is `more`.
-template <bool kPanels>
+template <int kLines>
 __attribute__((noinline)) void matrix_tile(const uint8_t* w, int64_t words,
                                            const int32_t* x, int32_t* sums,
-                                           bool more, Shapes& shapes) {
+                                           bool more, Shapes& shapes,
+                                           const uint8_t* later) {
   constexpr int kRow = 4 * kWidth;  // bytes of a word of all columns
   const int64_t last = (words - 1) % 16 + 1;
   shapes.set(last);
@@ -74,32 +75,49 @@ __attribute__((noinline)) void matrix_tile(const uint8_t* w, int64_t words,
   }
   for (; words > 16; words -= 16, w += 16 * kRow, x += kTileWords) {
     _tile_loadd(4, x, 64);
-    fetch_tile<kPanels>(w, 0);
+    fetch<kLines>(later, 0);
     _tile_loadd(6, w, kRow);
     _tile_dpbsud(0, 4, 6);
-    fetch_tile<kPanels>(w, 1);
+    fetch<kLines>(later, 1);
     _tile_loadd(6, w + 64, kRow);
     _tile_dpbsud(1, 4, 6);
-    fetch_tile<kPanels>(w, 2);
+    fetch<kLines>(later, 2);
     _tile_loadd(6, w + 128, kRow);
     _tile_dpbsud(2, 4, 6);
-    fetch_tile<kPanels>(w, 3);
+    fetch<kLines>(later, 3);
     _tile_loadd(6, w + 192, kRow);
     _tile_dpbsud(3, 4, 6);
+    later += 4 * 64 * kLines;
   }
   _tile_loadd(5, x, 64);
+  fetch<kLines>(later, 0);
   _tile_loadd(7, w, kRow);
   _tile_dpbsud(0, 5, 7);
+  fetch<kLines>(later, 1);
   _tile_loadd(7, w + 64, kRow);
   _tile_dpbsud(1, 5, 7);
+  fetch<kLines>(later, 2);
   _tile_loadd(7, w + 128, kRow);
   _tile_dpbsud(2, 5, 7);
+  fetch<kLines>(later, 3);
   _tile_loadd(7, w + 192, kRow);
   _tile_dpbsud(3, 5, 7);
   _tile_stored(0, sums, kRow);
   _tile_stored(1, sums + 16, kRow);
   _tile_stored(2, sums + 32, kRow);
   _tile_stored(3, sums + 48, kRow);
+}
+
+// The product that fetches so many lines with each tile, or somewhat more.
+using MatrixTile = void (*)(const uint8_t*, int64_t, const int32_t*, int32_t*,
+                            bool, Shapes&, const uint8_t*);
+inline MatrixTile matrix_tile_of(int64_t lines) {
+  return lines > 8   ? matrix_tile<16>
+         : lines > 4 ? matrix_tile<8>
+         : lines > 2 ? matrix_tile<4>
+         : lines > 1 ? matrix_tile<2>
+         : lines > 0 ? matrix_tile<1>
+                     : matrix_tile<0>;
 }
 
 // Sums of `rows` rows onto y.
@@ -117,9 +135,9 @@ inline void matrix_onto(const int32_t* sums, int64_t rows, Onto to) {
 
 // Never called: `kMatrix` is false.
 struct Shapes {};
-template <bool kPanels>
-inline void matrix_tile(const uint8_t*, int64_t, const int32_t*, int32_t*, bool,
-                        Shapes&) {}
+using MatrixTile = void (*)(const uint8_t*, int64_t, const int32_t*, int32_t*,
+                            bool, Shapes&, const uint8_t*);
+inline MatrixTile matrix_tile_of(int64_t) { return nullptr; }
 template <bool kZero>
 inline void matrix_onto(const int32_t*, int64_t, const Onto&) {}
 

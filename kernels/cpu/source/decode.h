@@ -11,12 +11,13 @@
 
 namespace {
 
-// Signed codes of 8 bits may be packed ahead, into panels of 64 columns: words
-// of four rows each, as `interleave` makes them of vectors of 64 bytes (those
-// of 32 are their halves), with their top bits flipped. They need no decoding,
-// and memory is read in one run. Rows and columns are filled up.
+// Rows of bytes may be packed ahead, into panels of 64 columns: words of four
+// rows each, as `interleave` makes them of vectors of 64 bytes (those of 32 are
+// their halves), so that memory is read in one run. Signed codes of 8 bits have
+// their top bits flipped there, and need no decoding. Rows and columns are
+// filled up; groups are of whole words.
 constexpr int64_t kPanelWord = 4 * quantlab::kPanelColumns;
-constexpr int64_t kPanelAhead = 2048;  // bytes fetched ahead of their use
+constexpr int64_t kPanelAhead = 3072;  // bytes fetched ahead of their use
 
 // Rows of bytes of one strip, and what the codes mean.
 struct Codes {
@@ -46,11 +47,6 @@ struct Ahead {
   }
 };
 
-// What lies ahead of some words of a panel.
-QL_INLINE Ahead ahead_of(const uint8_t* w, int64_t words) {
-  return {w + kPanelAhead, kPanelWord, 4, 4, words};
-}
-
 // Four rows of one strip, interleaved. Rows past the last repeat it: the
 // activations there are zero.
 QL_INLINE void interleave(const uint8_t* p, int64_t stride, int64_t rows,
@@ -65,6 +61,16 @@ QL_INLINE void interleave(const uint8_t* p, int64_t stride, int64_t rows,
   v[2] = low16(ab, cd), v[3] = high16(ab, cd);
 }
 
+// Four rows of one strip: interleaved, or a word of a panel, in which what
+// follows is fetched.
+template <bool kPanels>
+QL_INLINE void read(const uint8_t* p, int64_t stride, int64_t rows, I (&v)[4]) {
+  if constexpr (!kPanels) return interleave(p, stride, rows, v);
+  each<4>([&](auto j) QL_NOW { v[j] = load(p + kPanelWord / 4 * j); });
+  for (int j = 0; j < 4; ++j)
+    __builtin_prefetch(p + kPanelAhead + kPanelWord / 4 * j, 0, 2);
+}
+
 // Plane p of P codes to a byte.
 template <int P, bool kTable>
 QL_INLINE I plane(I v, int p, I flip, I table) {
@@ -75,14 +81,14 @@ QL_INLINE I plane(I v, int p, I flip, I table) {
 }
 
 // Writes the planes of all rows, step by step, to `out`.
-template <int P, bool kTable>
+template <int P, bool kTable, bool kPanels>
 __attribute__((noinline)) void decode(Codes c, Ahead& ahead, uint8_t* out) {
   const I flip = bytes(c.flip & ((1 << (8 / P)) - 1));
   const I table = kTable ? table16(c.table) : zeros();
   Ahead fetch = ahead;
   for (; c.rows > 0; c.rows -= 4, c.p += 4 * c.stride) {
     I v[4];
-    interleave(c.p, c.stride, c.rows, v);
+    read<kPanels>(c.p, c.stride, c.rows, v);
     fetch.fetch();
     for (int p = 0; p < P; ++p)
       for (int j = 0; j < 4; ++j, out += kWidth)

@@ -80,18 +80,19 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
   auto per_row = [&](const Operand& o) {
     return o.empty() || o.is(batch, x.rows, o.columns > 1 ? groups : 1);
   };
-  const int64_t padded = (x.columns + 3) / 4 * 4;
+  // Rows of bytes: in panels those of four make a word, and groups are whole.
+  const int64_t word = bits > 0 ? 32 / bits : 1;
+  const int64_t rows = panels ? (x.columns + word - 1) / word * 4 : w.rows;
+  const bool packs = bits == 8 ? table.empty() : bits == 4 || bits == 2;
   const bool holds =
-      panels ? bits == 8 && is_signed && groups == 1 && table.empty() &&
+      panels ? packs && (groups == 1 || group % word == 0) &&
                    w.is(batch, (y.columns + kPanelColumns - 1) / kPanelColumns,
-                        kPanelColumns * padded)
-             : w.is(batch, w.rows, y.columns) &&
-                   w.rows * 8 >= x.columns * bits;
+                        kPanelColumns * rows)
+             : w.is(batch, rows, y.columns) && rows * 8 >= x.columns * bits;
   const bool fits =
       kernels && groups > 0 && bits >= 1 && bits <= 8 &&
       x.is(batch, y.rows, x.columns) && holds && per_column(scale) &&
-      per_column(zero) &&
-      per_row(x_scale) && per_row(x_zero) &&
+      per_column(zero) && per_row(x_scale) && per_row(x_zero) &&
       (table.empty() || table.is(batch, 1, int64_t{1} << bits));
   if (!fits)
     return ffi::Error(ffi::ErrorCode::kInvalidArgument,
@@ -100,7 +101,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
   a.m = x.rows, a.k = x.columns, a.n = y.columns;
   a.group = group, a.groups = groups;
   a.bits = bits, a.is_signed = is_signed;
-  a.code_rows = panels ? padded : w.rows, a.panels = panels;
+  a.code_rows = rows, a.panels = panels;
   a.x_scales = x_scale.columns, a.x_zeros = x_zero.columns;
   const bool floats = y_->element_type() == ffi::DataType::F32;
   const int64_t threads = pool.num_threads();

@@ -14,67 +14,78 @@ namespace {
 constexpr int64_t kFewSums = 64 * 1024;   // of sums of one task, at most
 constexpr int64_t kFewBytes = 32 * 1024;  // of codes of one task, at least
 constexpr int64_t kFewAhead = 32 * 1024;  // bytes fetched ahead of their use
-constexpr int64_t kRun = 8;                // steps from one pass to the next
+constexpr int64_t kFewRun = 1024 * 1024;  // of codes of one task in panels
+constexpr int64_t kRun = 8;               // steps from one pass to the next
 
-// One pass from left to right.
+// How far it is from one part of a pass to the next.
+struct Parts {
+  int64_t p, x, sums, scale, x_sums, y;
+};
+
+// One pass over parts: strips from left to right, or, of a strip that lies in a
+// panel, groups from top to bottom.
 struct Pass {
   const uint8_t* p;
-  int64_t stride, rows, strips;
-  Ahead ahead;  // the rows of a later pass, fetched into L2 from left to right
+  int64_t stride, rows, parts;
+  Parts by;
+  Ahead ahead;  // what a later part reads, fetched into L2
   int flip;
   const uint8_t* table;
   const int32_t* x;
   int64_t x_stride;
   bool more;      // sums of this group are there from the pass before
-  int32_t* sums;  // (strips, R, kWidth)
+  int32_t* sums;  // (R, kWidth) of each strip
   // With a scale the sums end here: y (+)= scale (sum - zero x_sum).
   const float* scale;
   const int32_t* zero;
   int offset;
   const int32_t* x_sums;  // of the rows, `groups` apart
   int64_t groups;
-  float* y;  // (strips, R, kWidth)
+  float* y;  // (R, kWidth) of each strip
   bool first;
 };
 
 template <int R>
 QL_INLINE void end(const I (&sum)[R][4], const Pass& w, int64_t i) {
   I scale[4], zero[4];
-  lanes_of(w.scale + i * kWidth, kWidth, scale);
-  if (w.zero) lanes_of(w.zero + i * kWidth, kWidth, zero);
-  float* const out = w.y + i * R * kWidth;
+  lanes_of(w.scale + i * w.by.scale, kWidth, scale);
+  if (w.zero) lanes_of(w.zero + i * w.by.scale, kWidth, zero);
+  float* const out = w.y + i * w.by.y;
+  const bool first = w.first && (i == 0 || w.by.y);
   each<R>([&](auto r) QL_NOW {
-    const int32_t x_sum = w.x_sums[r * w.groups];
+    const int32_t x_sum = w.x_sums[r * w.groups + i * w.by.x_sums];
     const I by = words(times(w.offset, x_sum));
     each<4>([&](auto j) QL_NOW {
       I v = sub(sum[r][j], by);
       if (w.zero) v = sub(v, mul(zero[j], words(x_sum)));
       float* const y = out + r * kWidth + j * kWidth / 4;
       const F f = floats(v), s = cast_f(scale[j]);
-      store_f(y, w.first ? mul_f(f, s) : fma_f(f, s, load_f(y)));
+      store_f(y, first ? mul_f(f, s) : fma_f(f, s, load_f(y)));
     });
   });
 }
 
-template <int R, int P, bool kTable>
+template <int R, int P, bool kTable, bool kPanels>
 __attribute__((noinline)) void pass(const Pass& w) {
   constexpr int kBits = 8 / P;
   // With registers to spare two planes lie in four bits without a shift: the
   // upper one sums 2^kBits times its products, apart.
   constexpr bool kApart = !kTable && P > 1 && R <= (kWidth == 64 ? 2 : 1);
+  constexpr bool kReady = kPanels && P == 1;
   const I table = kTable ? table16(w.table) : zeros();
-  const int64_t stride = w.stride, x_stride = w.x_stride;
+  const int64_t stride = kPanels ? kPanelColumns : w.stride;
+  const int64_t x_stride = w.x_stride;
   Ahead ahead = w.ahead;
-  for (int64_t i = 0; i < w.strips; ++i) {
-    int32_t* const sums = w.sums + i * R * kWidth;
+  for (int64_t i = 0; i < w.parts; ++i) {
+    int32_t* const sums = w.sums + i * w.by.sums;
     I sum[R][4], upper[kApart ? R : 1][4];
     begin<R>(sum, sums, w.more);
     if constexpr (kApart) begin<R>(upper, sums, false);
-    const uint8_t* p = w.p + i * kWidth;
-    const int32_t* x = w.x;
+    const uint8_t* p = w.p + i * w.by.p;
+    const int32_t* x = w.x + i * w.by.x;
     for (int64_t rows = w.rows; rows > 0; rows -= 4, p += 4 * stride, x += P) {
       I v[4];
-      interleave(p, stride, rows, v);
+      read<kPanels>(p, stride, rows, v);
       ahead.fetch();
       each<P>([&](auto q) QL_NOW {
         X a[R];
@@ -84,8 +95,9 @@ __attribute__((noinline)) void pass(const Pass& w) {
         const I flip = bytes(w.flip & kMask);
         each<4>([&](auto j) QL_NOW {
           if (kApart && q == 2) v[j] = right(v[j], 4);
-          const I b = kApart ? pick(v[j], bytes(kMask), flip)
-                             : plane<P, kTable>(v[j], q, flip, table);
+          const I b = kReady   ? v[j]
+                      : kApart ? pick(v[j], bytes(kMask), flip)
+                               : plane<P, kTable>(v[j], q, flip, table);
           each<R>([&](auto r) QL_NOW {
             I& s = kUpper ? upper[kApart ? r : 0][j] : sum[r][j];
             s = dot(s, b, a[r]);
@@ -108,22 +120,24 @@ __attribute__((noinline)) void pass(const Pass& w) {
 }
 
 using PassOf = void (*)(const Pass&);
-template <int P, bool T>
+template <int P, bool T, bool L>
 PassOf pass_of(int64_t rows) {
   constexpr int kLast = kDirect;
   static constexpr PassOf kPasses[] = {
-      pass<1, P, T>, pass<(2 < kLast ? 2 : kLast), P, T>,
-      pass<(3 < kLast ? 3 : kLast), P, T>, pass<kLast, P, T>};
+      pass<1, P, T, L>, pass<(2 < kLast ? 2 : kLast), P, T, L>,
+      pass<(3 < kLast ? 3 : kLast), P, T, L>, pass<kLast, P, T, L>};
   return kPasses[rows - 1];
 }
-inline PassOf pass_of(const Plan& plan, bool table, int64_t rows) {
-  if (table)
-    return plan.planes == 1   ? pass_of<1, true>(rows)
-           : plan.planes == 2 ? pass_of<2, true>(rows)
-                              : pass_of<4, true>(rows);
-  return plan.planes == 1   ? pass_of<1, false>(rows)
-         : plan.planes == 2 ? pass_of<2, false>(rows)
-                            : pass_of<4, false>(rows);
+template <bool T, bool L>
+PassOf pass_of(int64_t planes, int64_t rows) {
+  return planes == 1   ? pass_of<1, T, L>(rows)
+         : planes == 2 ? pass_of<2, T, L>(rows)
+                       : pass_of<4, T, L>(rows);
+}
+inline PassOf pass_of(int64_t planes, bool table, bool panels, int64_t rows) {
+  return (table ? panels ? pass_of<true, true> : pass_of<true, false>
+          : panels ? pass_of<false, true>
+                   : pass_of<false, false>)(planes, rows);
 }
 
 // ---- how the work is shared -------------------------------------------------
@@ -152,9 +166,14 @@ QL_INLINE Slab slab_at(const Product& a, const Plan& plan, int64_t slab) {
 inline void few_plan(const Product& a, int64_t threads, Plan& p) {
   const int64_t rows = a.m + p.ones, units = few_units(a, p);
   if (a.panels) {
-    p.panel = kPanelColumns;
-    p.slabs = 1;
+    // Runs of several panels: where one ends, memory has to begin anew.
+    const int64_t panels = ceil_div(a.n, kPanelColumns);
+    const int64_t runs =
+        ceil_div(panels * kPanelColumns * a.code_rows, kFewRun);
+    p.panel = kPanelColumns * ceil_div(panels, round_up(runs, 2 * threads));
+    p.slabs = p.shares = 1;
     p.few_bytes = 4 * rows * round_up(a.n, kWidth);
+    p.work_bytes = 4 * rows * kWidth;
     return;
   }
   int64_t panels = ceil_div(4 * rows * a.n, kFewSums);
@@ -192,29 +211,33 @@ struct Few {
   uint8_t table[16];
   uint8_t copied[kWidth * (4 * kRun + 16)], unpacked[kWidth * 4 * kRun];
 
-  // Rows [row, row + count) of group g, which may be its last.
-  void run(int64_t g, int64_t step, int64_t row, int64_t count, bool more,
-           bool last, bool first) {
+  // Rows [row, row + count) of group g, which may be its last; of codes in
+  // panels also of the groups up to g + groups.
+  void run(int64_t g, int64_t groups, int64_t step, int64_t row, int64_t count,
+           bool more, bool last, bool first) {
     const int64_t rows = a.m + plan.ones;
     const bool ends = last && a.groups > 1, fused = ends && is_simple(a);
-    const PassOf f = pass_of(plan, a.table != nullptr, rows);
+    const PassOf f = pass_of(plan.planes, a.table != nullptr, a.panels, rows);
     Pass w{};
-    w.rows = count, w.flip = flip_of(a, plan), w.table = table;
+    w.rows = count, w.table = table;
     w.x = x + (g * plan.steps + step) * plan.planes, w.x_stride = plan.stride;
     w.more = more, w.offset = offset_of(a), w.first = first;
     w.x_sums = x_sums + g, w.groups = a.groups;
     // Narrow strips, and codes that straddle bytes, one by one by way of L1.
     const int64_t whole = plan.unpack ? n0 : n0 + (n1 - n0) / kWidth * kWidth;
-    for (int64_t n = n0; n < n1; n += w.strips * kWidth) {
-      w.strips = n < whole ? (whole - n0) / kWidth : 1;
-      const int64_t columns = min_(w.strips * kWidth, n1 - n);
-      const Codes c = rows_of_codes(a.codes, a.n, static_cast<int>(a.bits),
-                                    plan.unpack, row, count, n, columns, copied,
-                                    unpacked);
-      w.p = c.p, w.stride = c.stride;
+    const int64_t wide = rows * kWidth;
+    w.by = a.panels ? Parts{count * kPanelColumns, plan.words, 0, a.n, 1, 0}
+                    : Parts{kWidth, 0, wide, kWidth, 0, wide};
+    for (int64_t n = n0, strips; n < n1; n += strips * kWidth) {
+      strips = n < whole ? (whole - n0) / kWidth : 1;
+      const int64_t columns = min_(strips * kWidth, n1 - n);
+      const Codes c =
+          codes_at(a, plan, row, count, n, columns, copied, unpacked);
+      w.p = c.p, w.stride = c.stride, w.flip = c.flip;
       const int64_t lines = columns / 64;
+      w.parts = groups * strips;
       w.ahead = {c.p + plan.ahead * c.stride, c.stride, lines, lines,
-                 n < whole ? count : 0};
+                 n < whole && !a.panels ? count : 0};
       w.sums = sums + (n - n0) * rows, w.y = y + (n - n0) * rows;
       const bool here = fused && columns % kWidth == 0;
       w.scale = here ? a.scale + g * a.n + n : nullptr;
@@ -233,41 +256,48 @@ struct Few {
   void group(int64_t g, int64_t s0, int64_t s1, bool first) {
     const Group group = group_at(a, plan, g);
     s1 = min_(s1, ceil_div(group.rows, 4));
-    for (int64_t s = s0; s < s1; s += kRun) {
-      const int64_t count = min_(4 * min_(kRun, s1 - s), group.rows - 4 * s);
-      run(g, s, group.row0 + 4 * s, count, s > s0, s + kRun >= s1, first);
+    const int64_t all = a.panels ? plan.steps : kRun;
+    for (int64_t s = s0; s < s1; s += all) {
+      const int64_t count = min_(4 * min_(all, s1 - s), group.rows - 4 * s);
+      run(g, 1, s, group.row0 + 4 * s, count, s > s0, s + all >= s1, first);
     }
+  }
+
+  // All groups of one strip in a panel: whole ones in one pass, where it can.
+  void panel() {
+    const bool fused = a.groups > 1 && is_simple(a) && n1 - n0 == kWidth;
+    const int64_t whole = fused ? a.k / a.group : 0;
+    if (whole)
+      run(0, whole, 0, 0, group_at(a, plan, 0).rows, false, true, true);
+    for (int64_t g = whole; g < a.groups; ++g)
+      group(g, 0, plan.steps, g == 0);
   }
 };
 
-// Integer sums of columns [n0, n1) of codes in panels.
-inline void few_panel(const Product& a, const Plan& plan, const int32_t* x,
-                      int64_t n0, int64_t n1, float* out) {
-  const int64_t rows = a.m + plan.ones;
-  for (int64_t n = n0; n < n1; n += kWidth, out += rows * kWidth) {
-    const uint8_t* const w = panel_at(a, plan, n);
-    Ahead ahead = ahead_of(w, plan.steps);
-    tile_of(rows, true)(w, plan.steps, x, plan.stride,
-                        reinterpret_cast<int32_t*>(out), false, ahead);
-  }
-}
-
-void few_task(const Product& a, const Plan& plan, const int32_t* x,
-              const int32_t* x_sums, int64_t slab, int64_t n0, int64_t n1,
-              float* few, void* work) {
+inline void few_columns(const Product& a, const Plan& plan, const int32_t* x,
+                        const int32_t* x_sums, int64_t slab, int64_t n0,
+                        int64_t n1, float* few, void* work) {
   float* const out = few_at(a, plan, few, slab, n0);
-  if (a.panels) return few_panel(a, plan, x, n0, n1, out);
   const bool one = a.groups == 1;
   Few t{a, plan, x, x_sums, n0, n1,
         one ? reinterpret_cast<int32_t*>(out) : static_cast<int32_t*>(work),
         out};
   table_of(a, t.table);
+  if (a.panels) return t.panel();
   const Slab s = slab_at(a, plan, slab);
   if (one)
     t.group(0, s.begin * kRun, s.end * kRun, true);
   else
     for (int64_t g = s.begin; g < s.end; ++g)
       t.group(g, 0, plan.steps, g == s.begin);
+}
+
+void few_task(const Product& a, const Plan& plan, const int32_t* x,
+              const int32_t* x_sums, int64_t slab, int64_t n0, int64_t n1,
+              float* few, void* work) {
+  const int64_t width = a.panels ? kWidth : n1 - n0;
+  for (int64_t n = n0; n < n1; n += width)
+    few_columns(a, plan, x, x_sums, slab, n, min_(n + width, n1), few, work);
 }
 
 // Adds what the slabs of columns [n0, n1) hold.

@@ -28,17 +28,13 @@ QL_INLINE int offset_of(const Product& a) {
   return a.table ? 128 : a.is_signed ? 1 << (a.bits - 1) : 0;
 }
 
-// Where the words of the strip at column n begin, of codes in panels.
-QL_INLINE const uint8_t* panel_at(const Product& a, const Plan& plan,
-                                  int64_t n) {
-  return a.codes + n / kPanelColumns * plan.steps * kPanelWord +
-         n % kPanelColumns;
-}
+// Whether the product takes the codes as they lie.
+QL_INLINE bool is_ready(const Product& a) { return a.panels && a.bits == 8; }
 
 // The bits to flip in a byte of signed codes.
 QL_INLINE int flip_of(const Product& a, const Plan& plan) {
   const int bits = static_cast<int>(a.bits);
-  return a.table || !a.is_signed ? 0
+  return a.table || !a.is_signed || is_ready(a) ? 0
          : plan.unpack           ? 1 << (bits - 1)
          : bits == 8             ? 0x80
          : bits == 4             ? 0x88
@@ -48,6 +44,22 @@ QL_INLINE int flip_of(const Product& a, const Plan& plan) {
 inline void table_of(const Product& a, uint8_t (&table)[16]) {
   for (int i = 0; a.table && i < 16; ++i)
     table[i] = static_cast<uint8_t>(a.table[i & ((1 << a.bits) - 1)] + 128);
+}
+
+// The rows of bytes, or of unpacked codes, of one strip; see decode.h.
+inline Codes codes_at(const Product& a, const Plan& plan, int64_t row,
+                      int64_t count, int64_t n, int64_t columns,
+                      uint8_t* copied, uint8_t* unpacked) {
+  if (a.panels) {
+    const uint8_t* const panel =
+        a.codes + n / kPanelColumns * kPanelColumns * a.code_rows;
+    return {panel + row * kPanelColumns + n % kPanelColumns, kPanelColumns,
+            count, flip_of(a, plan), nullptr};
+  }
+  Codes c = rows_of_codes(a.codes, a.n, static_cast<int>(a.bits), plan.unpack,
+                          row, count, n, columns, copied, unpacked);
+  c.flip = flip_of(a, plan);
+  return c;
 }
 
 // A group's sums are y as they are, times one scale a column.

@@ -27,6 +27,7 @@ constexpr int64_t kSums = 512 * 1024;
 constexpr int64_t kPanel = 512;
 constexpr int64_t kInner = 16 * 1024;
 #endif
+constexpr int64_t kPage = 4096;  // of memory, in bytes
 constexpr int64_t kWide = 2048;  // of few rows: memory likes long runs
 
 // ---- plan and activations --------------------------------------------------
@@ -57,8 +58,11 @@ Plan plan(const Product& a, int64_t threads) {
   const int64_t panels = round_up(ceil_div(a.n, widest), threads);
   p.panel = round_up(ceil_div(a.n, panels), kWidth);
   if (a.panels) {
-    // A strip from end to end for a few rows; more find a block in L1 again.
-    p.block = p.rows <= 2 * kMany ? round_up(p.steps, 16) : kInner / kPanelWord;
+    // What is decoded, and what more than a few rows use, lies in L1.
+    const bool few = p.rows <= 2 * kMany, whole = few && is_ready(a);
+    const int64_t inner = few ? kInner / 2 : kInner;
+    p.block = whole ? p.steps : inner / (kPanelWord * p.planes);
+    p.decoded = is_ready(a) ? 0 : 4 * kWidth * p.planes;
   } else {
     // On the matrix unit all strips of a task are decoded before they are used.
     p.decoded = 4 * (p.tiled ? p.panel : kWidth) * p.planes;
@@ -175,38 +179,30 @@ struct Task {
   int64_t ones() const { return plan.ones * kWidth; }
 
   Codes codes(int64_t row, int64_t count, int64_t n, int64_t columns) {
-    const int bits = static_cast<int>(a.bits);
-    Codes c = rows_of_codes(a.codes, a.n, bits, plan.unpack, row, count, n,
-                            columns, copied, unpacked);
-    c.flip = flip_of(a, plan);
+    Codes c = codes_at(a, plan, row, count, n, columns, copied, unpacked);
     c.table = table;
     return c;
   }
 
   // One block of one strip: integer sums of every row, and, where it is the
-  // last of its group, what they add to y. In panels it needs no decoding.
+  // last of its group, what they add to y.
   void block(const Block& b, Codes c, const Columns& by, int32_t* sums,
              float* y) {
     const bool t = a.table != nullptr;
     const int64_t words = ceil_div(c.rows, 4) * plan.planes;
-    const uint8_t* const w = a.panels ? c.p : decoded;
+    const bool ready = is_ready(a);
+    const uint8_t* const w = ready ? c.p : decoded;
     // With several tiles there is time to fetch in each, else while decoding;
     // which the first of several does itself, but for tables.
-    const bool several = a.panels || rows() > kTile;
-    const bool apart = a.panels || t || plan.ones || !several;
+    const bool several = ready || rows() > kTile;
+    const bool at_once = !ready && several && !t && !plan.ones;
     Ahead none;
     Ahead& later = several ? ahead : none;
-    if (apart && !a.panels) {
-      Decode f = plan.planes == 1   ? decode_of<1>(t)
-                 : plan.planes == 2 ? decode_of<2>(t)
-                                    : decode_of<4>(t);
-      f(c, several ? none : ahead, decoded);
-    }
+    if (!ready && !at_once) decode(c, several ? none : ahead);
     if (plan.ones)
-      tile_of(1, a.panels)(w, words, b.x, plan.stride, sums, b.more, none);
-    const FirstTile first = plan.planes == 1   ? first_tile<1>
-                            : plan.planes == 2 ? first_tile<2>
-                                               : first_tile<4>;
+      tile_of(1, ready)(w, words, b.x, plan.stride, sums, b.more, none);
+    const FirstTile first = a.panels ? first_tile_of<true>(plan.planes)
+                                     : first_tile_of<false>(plan.planes);
     const int32_t* x = b.x + (plan.ones + m0) * plan.stride;
     int32_t* out = sums + ones();
     // Else the sums of a tile end in y, which lies elsewhere.
@@ -214,7 +210,10 @@ struct Task {
     const bool simple = is_simple(a);
     for (int64_t r = 0; r < rows(); r += kTile, x += kTile * plan.stride) {
       const int64_t many = min_(rows() - r, kTile);
-      const bool decodes = r == 0 && !apart;
+      const bool decodes = r == 0 && at_once;
+      // What a later tile reads is in L2 by then, and need not be fetched: in
+      // vectors of 64 bytes a panel is read as decoded words are.
+      const bool fetches = ready && (r == 0 || kWidth != kPanelColumns);
       if (b.last && simple) {
         const Onto to{x_sums + (m0 + r) * a.groups + b.group, a.groups,
                       by.offset, a.zero ? by.zero : nullptr, by.scale,
@@ -222,7 +221,7 @@ struct Task {
         if (decodes)
           first(c, decoded, x, plan.stride, out, b.more, later, &to);
         else
-          onto_of(many, a.panels, a.zero != nullptr)(
+          onto_of(many, fetches, a.zero != nullptr)(
               w, words, x, plan.stride, out, b.more, later, to);
         out += kTile * kWidth;
         continue;
@@ -230,7 +229,7 @@ struct Task {
       if (decodes)
         first(c, decoded, x, plan.stride, out, b.more, later, nullptr);
       else
-        tile_of(many, a.panels)(w, words, x, plan.stride, out, b.more, later);
+        tile_of(many, fetches)(w, words, x, plan.stride, out, b.more, later);
       if (b.last)
         scale_onto(a, x_sums, b.group, by, m0 + r, m0 + r + many, b.group == 0,
                    sums, out, y + r * kWidth);
@@ -238,22 +237,32 @@ struct Task {
     }
   }
 
+  void decode(const Codes& c, Ahead& later) {
+    const bool t = a.table != nullptr;
+    const Decode f = a.panels ? decode_of<true>(plan.planes, t)
+                              : decode_of<false>(plan.planes, t);
+    f(c, later, decoded);
+  }
+
   // The same on the matrix unit, of a strip that has been decoded, or lies in a
-  // panel.
+  // panel. As many lines from `later` on as the block has are fetched meanwhile.
   void matrix(const Block& b, const uint8_t* w, const Columns& by,
-              int32_t* sums, float* y) {
+              int32_t* sums, float* y, const uint8_t* later = nullptr) {
     const int64_t words = ceil_div(b.rows, 4) * plan.planes;
     Ahead none;
     if (plan.ones)
-      tile_of(1, a.panels)(w, words, b.x, plan.stride, sums, b.more, none);
+      tile_of(1, is_ready(a))(w, words, b.x, plan.stride, sums, b.more, none);
     const int32_t* x = b.tiles + m0 * plan.stride;
     int32_t* out = sums + ones();
+    const int64_t tiles = 4 * ceil_div(words, 16);
+    const int64_t lines =
+        later ? ceil_div(b.rows, tiles * ceil_div(rows(), kMany)) : 0;
+    const MatrixTile f = matrix_tile_of(lines);
     const bool keeps = b.more || !b.last || a.groups == 1;
     for (int64_t r = 0; r < rows(); r += kMany, x += kMany * plan.stride) {
       const int64_t many = min_(rows() - r, kMany);
-      // What a later tile reads is in L2 by then.
-      (a.panels && r == 0 ? matrix_tile<true> : matrix_tile<false>)(
-          w, words, x, out, b.more, shapes);
+      f(w, words, x, out, b.more, shapes, later);
+      later += 64 * tiles * lines;
       if (b.last && is_simple(a)) {
         const Onto to{x_sums + (m0 + r) * a.groups + b.group, a.groups,
                       by.offset, a.zero ? by.zero : nullptr, by.scale,
@@ -287,22 +296,35 @@ struct Task {
   void run_panels() {
     for (int64_t n = n0; n < n1; n += kWidth) {
       const int64_t columns = min_(kWidth, n1 - n);
-      const Columns by = columns_of(a, 0, n, columns);
-      float* const to = reinterpret_cast<float*>(sums + ones());
-      for (int64_t s = 0; s < plan.steps; s += plan.block) {
-        const int64_t words = min_(plan.block, plan.steps - s);
-        const Block b{0, x + s,
-                      x + plan.ones * plan.stride + s / 16 * kTileWords,
-                      4 * words, s > 0, s + words == plan.steps};
-        const uint8_t* const w = panel_at(a, plan, n) + s * kPanelWord;
-        ahead = ahead_of(w, words);
-        if (kMatrix)
-          matrix(b, w, by, sums, to);
-        else
-          block(b, Codes{w, 0, 4 * words, 0, nullptr}, by, sums, to);
+      float* const to =
+          a.groups > 1 ? y : reinterpret_cast<float*>(sums + ones());
+      for (int64_t g = 0; g < a.groups; ++g) {
+        const Group group = group_at(a, plan, g);
+        const Columns by = columns_of(a, g, n, columns);
+        for (int64_t s = 0; 4 * s < group.rows; s += plan.block) {
+          const Block b = block_at(group, g, s);
+          const Codes c = codes(group.row0 + 4 * s, b.rows, n, columns);
+          if (!kMatrix) {
+            block(b, c, by, sums, to);
+            continue;
+          }
+          const bool ready = is_ready(a), whole = plan.block == plan.steps;
+          if (!ready) decode(c, ahead);
+          matrix(b, ready ? c.p : decoded, by, sums, to,
+                 c.p + (ready && whole ? kPage : kPanelColumns * b.rows));
+        }
       }
       write(a, n, columns, m0, m1, to);
     }
+  }
+
+  // Steps [s, s + block) of group g, or up to its end.
+  Block block_at(const Group& group, int64_t g, int64_t s) const {
+    const int64_t count = min_(4 * plan.block, group.rows - 4 * s);
+    const int64_t word = g * plan.words + s * plan.planes;
+    return {g, x + word,
+            x + plan.ones * plan.stride + word / 16 * kTileWords,
+            count, s > 0, 4 * s + count == group.rows};
   }
 
   void run() {
@@ -313,15 +335,11 @@ struct Task {
     for (int64_t g = 0; g < a.groups; ++g) {
       const Group group = group_at(a, plan, g);
       for (int64_t s = 0; 4 * s < group.rows; s += plan.block) {
+        const Block b = block_at(group, g, s);
         const int64_t row = group.row0 + 4 * s;
-        const int64_t count = min_(4 * plan.block, group.rows - 4 * s);
-        const int64_t word = g * plan.words + s * plan.planes;
-        const Block b{g, x + word,
-                      x + plan.ones * plan.stride + word / 16 * kTileWords,
-                      count, s > 0, 4 * s + count == group.rows};
-        fetch_after(row + count);
+        fetch_after(row + b.rows);
         const int64_t bytes = 4 * kWidth * plan.block * plan.planes;
-        if (kMatrix) decode_block(row, count, bytes);
+        if (kMatrix) decode_block(row, b.rows, bytes);
         for (int64_t n = n0, i = 0; n < n1; n += kWidth, ++i) {
           const int64_t columns = min_(kWidth, n1 - n);
           const Columns by = b.last ? columns_of(a, g, n, columns) : Columns{};
@@ -332,7 +350,7 @@ struct Task {
           if (kMatrix)
             matrix(b, decoded + i * bytes, by, from, to);
           else
-            block(b, codes(row, count, n, columns), by, from, to);
+            block(b, codes(row, b.rows, n, columns), by, from, to);
           if (b.last && g == a.groups - 1) write(a, n, columns, m0, m1, to);
         }
       }

@@ -22,7 +22,7 @@ struct Product {
   const int8_t* x;       // (m, k)
   const uint8_t* codes;  // (code_rows, n)
   int64_t code_rows;
-  bool panels;  // codes of 8 bits lie in panels, see decode.h; one group
+  bool panels;  // codes of 8, 4 or 2 bits lie in panels, see decode.h
   const int8_t* table;     // (2^bits) or null
   const float* scale;      // (groups, n)
   const int32_t* zero;     // (groups, n)

@@ -17,17 +17,20 @@ QL_INLINE void begin(I (&sum)[R][4], const int32_t* out, bool more) {
     each<R * 4>([&](auto i) QL_NOW { sum[i / 4][i % 4] = zeros(); });
 }
 
-// R rows of activations by words that are decoded, or lie in panels; no call in
-// here, or the compiler spills the sums.
+// R rows of activations by words that are decoded, or of 8 bits in panels; no
+// call in here, or the compiler spills the sums.
 template <int R, bool kPanels>
 QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
                           const int32_t* x, int64_t stride, Ahead& ahead) {
-  constexpr int64_t kApart = kPanels ? kPanelColumns : kWidth;
+  constexpr int64_t kWord = kPanels ? kPanelWord : 4 * kWidth;
   Ahead fetch = ahead;
-  for (int64_t i = 0; i < words; ++i, w += 4 * kApart) {
-    if (kPanels || i & 1) fetch.fetch();
+  for (int64_t i = 0; i < words; ++i, w += kWord) {
+    if (i & 1) fetch.fetch();
     I v[4];
-    each<4>([&](auto j) QL_NOW { v[j] = load(w + j * kApart); });
+    if constexpr (kPanels)
+      read<true>(w, 0, 4, v);
+    else
+      each<4>([&](auto j) QL_NOW { v[j] = load(w + j * kWidth); });
     each<R>([&](auto r) QL_NOW {
       const X a = spread(x[r * stride + i]);
       each<4>([&](auto j) QL_NOW { sum[r][j] = dot(sum[r][j], v[j], a); });
@@ -38,7 +41,7 @@ QL_INLINE void accumulate(I (&sum)[R][4], const uint8_t* w, int64_t words,
 
 // The same from rows of codes, which are kept decoded at `out` for the tiles
 // that follow: shuffles and memory wait behind the products.
-template <int R, int P>
+template <int R, int P, bool kPanels>
 QL_INLINE void decode_accumulate(I (&sum)[R][4], const Codes& c, uint8_t* out,
                                  const int32_t* x, int64_t stride,
                                  Ahead& ahead) {
@@ -48,7 +51,7 @@ QL_INLINE void decode_accumulate(I (&sum)[R][4], const Codes& c, uint8_t* out,
   Ahead fetch = ahead;
   for (int64_t rows = c.rows; rows > 0; rows -= 4, p += 4 * codes_stride) {
     I u[4];
-    interleave(p, codes_stride, rows, u);
+    read<kPanels>(p, codes_stride, rows, u);
     fetch.fetch();
     each<P>([&](auto q) QL_NOW {
       I v[4];
@@ -120,14 +123,14 @@ __attribute__((noinline)) void tile_onto(const uint8_t* w, int64_t words,
 }
 
 // The first of several tiles. `to` is null where the sums stay integers.
-template <int P>
+template <int P, bool kPanels>
 __attribute__((noinline)) void first_tile(const Codes& c, uint8_t* decoded,
                                           const int32_t* x, int64_t stride,
                                           int32_t* sums, bool more,
                                           Ahead& ahead, const Onto* to) {
   I sum[kTile][4];
   begin<kTile>(sum, sums, more);
-  decode_accumulate<kTile, P>(sum, c, decoded, x, stride, ahead);
+  decode_accumulate<kTile, P, kPanels>(sum, c, decoded, x, stride, ahead);
   if (to == nullptr)
     keep<kTile>(sum, sums);
   else if (to->zero != nullptr)
@@ -137,6 +140,12 @@ __attribute__((noinline)) void first_tile(const Codes& c, uint8_t* decoded,
 }
 using FirstTile = void (*)(const Codes&, uint8_t*, const int32_t*, int64_t,
                            int32_t*, bool, Ahead&, const Onto*);
+template <bool kPanels>
+FirstTile first_tile_of(int64_t planes) {
+  return planes == 1   ? first_tile<1, kPanels>
+         : planes == 2 ? first_tile<2, kPanels>
+                       : first_tile<4, kPanels>;
+}
 
 using Tile = void (*)(const uint8_t*, int64_t, const int32_t*, int64_t,
                       int32_t*, bool, Ahead&);
@@ -167,9 +176,15 @@ inline TileOnto onto_of(int64_t rows, bool panels, bool zero) {
                  : kOntoOf<false, false>)[rows - 1];
 }
 
-template <int P>
+template <int P, bool kPanels>
 Decode decode_of(bool table) {
-  return table ? decode<P, true> : decode<P, false>;
+  return table ? decode<P, true, kPanels> : decode<P, false, kPanels>;
+}
+template <bool kPanels>
+Decode decode_of(int64_t planes, bool table) {
+  return planes == 1   ? decode_of<1, kPanels>(table)
+         : planes == 2 ? decode_of<2, kPanels>(table)
+                       : decode_of<4, kPanels>(table);
 }
 
 using DecodeStrips = void (*)(Codes, int64_t, uint8_t*, int64_t);

@@ -100,6 +100,14 @@ QL_INLINE F known_f(F v) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
 }
 // Whole numbers of a byte.
+QL_INLINE I integers(F v) { return _mm512_cvtps_epi32(v); }
+QL_INLINE void store_bytes(int8_t* p, const I (&v)[4]) {
+  const I all = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]),
+                                   _mm512_packs_epi32(v[2], v[3]));
+  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13,  //
+                                    2, 6, 10, 14, 3, 7, 11, 15);
+  store(p, _mm512_permutexvar_epi32(order, all));
+}
 QL_INLINE void store_bytes(int8_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -186,6 +194,13 @@ QL_INLINE F max_f(F a, F b) { return _mm256_max_ps(a, b); }
 QL_INLINE F round_f(F v) { return _mm256_round_ps(v, 8); }
 QL_INLINE F known_f(F v) {
   return _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
+}
+QL_INLINE I integers(F v) { return _mm256_cvtps_epi32(v); }
+QL_INLINE void store_bytes(int8_t* p, const I (&v)[4]) {
+  const I all = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]),
+                                   _mm256_packs_epi32(v[2], v[3]));
+  const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  store(p, _mm256_permutevar8x32_epi32(all, order));
 }
 QL_INLINE void store_bytes(int8_t* p, F v) {
   const I i = _mm256_cvtps_epi32(v);
