@@ -176,6 +176,16 @@ def prepack(
   return Panels(codes, rows, n, np.dtype(wq.dtype))
 
 
+def unreadable(k: int, bits: int, group: int) -> str | None:
+  """Returns why the cpu kernels read no such codes in panels, or None."""
+  if bits not in (2, 4, 8):
+    return f'codes of {bits} bits straddle the bytes of panels'
+  word = 32 // bits
+  if group < k and group % word:
+    return f'groups of {group} are no multiple of the {word} codes of a word'
+  return None
+
+
 def operand(w: jax.typing.ArrayLike | Panels) -> jax.Array | Panels:
   """An argument of a product as an array, or in panels."""
   return w if isinstance(w, Panels) else jnp.asarray(w)

@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
-from quantlab_kernels import crossover, int_dot
+from quantlab_kernels import crossover, int_dot, panels
 from quantlab_kernels.cpu import library
 from quantlab_kernels.panels import Panels
 
@@ -53,18 +53,14 @@ def refuses(*operands: jax.Array | Panels) -> str | None:
   return library.unavailable()
 
 
-def refuses_panels(
-  k: int, w: jax.Array | Panels, bits: int, group: int
+def refuses_packed(
+  x: jax.Array, p: jax.Array | Panels, bits: int, group: int
 ) -> str | None:
-  """Returns why codes in panels cannot be read in place, or None."""
-  if not isinstance(w, Panels):
-    return None
-  if bits not in (2, 4, 8):
-    return f'codes of {bits} bits straddle the bytes of panels'
-  word = 32 // bits
-  if group < k and group % word:
-    return f'groups of {group} are no multiple of the {word} codes of a word'
-  return None
+  """The same of rows of bytes that hold codes, which may be in panels."""
+  why = refuses(x, p)
+  if why is None and isinstance(p, Panels):
+    return panels.unreadable(x.shape[1], bits, group)
+  return why
 
 
 def _is_local() -> bool:

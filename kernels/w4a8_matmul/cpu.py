@@ -9,8 +9,7 @@ from quantlab_kernels.w4a8_matmul import xla
 def refuses(x, p, *rest, bits, group, **options) -> str | None:
   """Says why it cannot run."""
   del rest, options
-  unread = product.refuses_panels(x.shape[1], p, bits, group)
-  return product.refuses(x, p) or unread
+  return product.refuses_packed(x, p, bits, group)
 
 
 def route(x, p, scale, zero, x_scale, x_zero, *, bits, **options) -> str:

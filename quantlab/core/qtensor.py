@@ -364,16 +364,14 @@ def assemble(
 def may_prepack(q: QTensor) -> bool:
   """Whether products of int8 activations read the codes in panels.
 
-  They are integers or small floats of 8, 4 or 2 bits, and groups are whole
-  words of four rows of bytes.
+  They are integers or small floats, of widths and groups that panels hold.
   """
   z = q.quantizer
   integer = z.format.is_integer and z.format.has_zero
   small = isinstance(z.format, Minifloat) and z.bits <= 4
-  if z.bits not in (2, 4, 8) or not (integer or small):
-    return False
-  group = z.block[0] if z.block else z.group
-  return group is None or group >= q.k or group % (32 // z.bits) == 0
+  group = (z.block[0] if z.block else z.group) or q.k
+  fits = panels.unreadable(q.k, z.bits, group) is None
+  return fits and (integer or small)
 
 
 def check_target(target: str) -> None:

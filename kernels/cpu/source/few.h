@@ -263,6 +263,17 @@ struct Few {
     }
   }
 
+  // Strip by strip, of codes in panels.
+  void panels() {
+    const int64_t wide = (a.m + plan.ones) * kWidth;
+    for (const int64_t end = n1; n0 < end; n0 += kWidth) {
+      n1 = min_(n0 + kWidth, end);
+      panel();
+      y += wide;
+      if (a.groups == 1) sums += wide;  // they are y
+    }
+  }
+
   // All groups of one strip in a panel: whole ones in one pass, where it can.
   void panel() {
     const bool fused = a.groups > 1 && is_simple(a) && n1 - n0 == kWidth;
@@ -274,30 +285,22 @@ struct Few {
   }
 };
 
-inline void few_columns(const Product& a, const Plan& plan, const int32_t* x,
-                        const int32_t* x_sums, int64_t slab, int64_t n0,
-                        int64_t n1, float* few, void* work) {
+void few_task(const Product& a, const Plan& plan, const int32_t* x,
+              const int32_t* x_sums, int64_t slab, int64_t n0, int64_t n1,
+              float* few, void* work) {
   float* const out = few_at(a, plan, few, slab, n0);
   const bool one = a.groups == 1;
   Few t{a, plan, x, x_sums, n0, n1,
         one ? reinterpret_cast<int32_t*>(out) : static_cast<int32_t*>(work),
         out};
   table_of(a, t.table);
-  if (a.panels) return t.panel();
+  if (a.panels) return t.panels();
   const Slab s = slab_at(a, plan, slab);
   if (one)
     t.group(0, s.begin * kRun, s.end * kRun, true);
   else
     for (int64_t g = s.begin; g < s.end; ++g)
       t.group(g, 0, plan.steps, g == s.begin);
-}
-
-void few_task(const Product& a, const Plan& plan, const int32_t* x,
-              const int32_t* x_sums, int64_t slab, int64_t n0, int64_t n1,
-              float* few, void* work) {
-  const int64_t width = a.panels ? kWidth : n1 - n0;
-  for (int64_t n = n0; n < n1; n += width)
-    few_columns(a, plan, x, x_sums, slab, n, min_(n + width, n1), few, work);
 }
 
 // Adds what the slabs of columns [n0, n1) hold.

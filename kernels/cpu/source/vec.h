@@ -99,8 +99,8 @@ QL_INLINE F round_f(F v) { return _mm512_roundscale_ps(v, 8); }
 QL_INLINE F known_f(F v) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
 }
-// Whole numbers of a byte.
 QL_INLINE I integers(F v) { return _mm512_cvtps_epi32(v); }
+// Whole numbers of a byte.
 QL_INLINE void store_bytes(int8_t* p, const I (&v)[4]) {
   const I all = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]),
                                    _mm512_packs_epi32(v[2], v[3]));
