@@ -15,6 +15,7 @@ constexpr int64_t kFewSums = 64 * 1024;   // of sums of one task, at most
 constexpr int64_t kFewBytes = 32 * 1024;  // of codes of one task, at least
 constexpr int64_t kFewAhead = 32 * 1024;  // bytes fetched ahead of their use
 constexpr int64_t kFewRun = 1024 * 1024;  // of codes of one task in panels
+constexpr int64_t kScalesAhead = 8;       // groups whose scales are fetched
 constexpr int64_t kRun = 8;               // steps from one pass to the next
 
 // How far it is from one part of a pass to the next.
@@ -44,6 +45,12 @@ struct Pass {
   float* y;  // (R, kWidth) of each strip
   bool first;
 };
+
+// Scales of a strip: a whole row of them lies between one group and the next.
+template <typename T>
+QL_INLINE void fetch(const T* p) {
+  for (int64_t j = 0; j < kWidth; j += 16) __builtin_prefetch(p + j, 0, 3);
+}
 
 template <int R>
 QL_INLINE void end(const I (&sum)[R][4], const Pass& w, int64_t i) {
@@ -81,6 +88,10 @@ __attribute__((noinline)) void pass(const Pass& w) {
     I sum[R][4], upper[kApart ? R : 1][4];
     begin<R>(sum, sums, w.more);
     if constexpr (kApart) begin<R>(upper, sums, false);
+    if (kPanels && w.scale) {
+      fetch(w.scale + (i + kScalesAhead) * w.by.scale);
+      if (w.zero) fetch(w.zero + (i + kScalesAhead) * w.by.scale);
+    }
     const uint8_t* p = w.p + i * w.by.p;
     const int32_t* x = w.x + i * w.by.x;
     for (int64_t rows = w.rows; rows > 0; rows -= 4, p += 4 * stride, x += P) {
