@@ -4,10 +4,10 @@ r"""Benchmarks: ratios measured in one run, with their spread.
     --workdir=runs/trace
 
 Runs the benchmark that the config names, writes `bench.json` (seconds, ratios,
-limits, peers, versions, device, the machine's load) and `metrics.json`, and
-prints one table. Contestants are interleaved, so that a ratio survives a busy
-machine better than seconds do; `cpu` columns count this process alone. Any
-field of the config is set as `--config.rounds.trace=21`.
+limits, peers, versions, device, the machine's load), `metrics.json` and
+`speed.png`, and prints one table. Contestants are interleaved, so that a ratio
+survives a busy machine better than seconds do; `cpu` columns count this process
+alone. Any field of the config is set as `--config.rounds.trace=21`.
 """
 
 import os
@@ -30,6 +30,7 @@ from experiments.benchmarks import (
   training,
 )
 from quantlab import runtime
+from quantlab.report import plots
 
 # By name; a new one is a file in experiments/benchmarks and a line here.
 BENCHMARKS = {
@@ -79,6 +80,7 @@ def run(config: Any, workdir: str) -> dict[str, Any]:
           f'{config.benchmark}/{name}/{contestant}',
           {clock: ratio['median'] for clock, ratio in clocks.items()},
         )
+    folder.write_bytes('speed.png', plots.to_png(picture(result)))
     rich.print(table(result))
     for name, peer in result['peers'].items():
       rich.print(f'{name} {peer["version"]}: {peer["why"]}')
@@ -110,6 +112,22 @@ def table(result: dict[str, Any]) -> rich_table.Table:
   return out
 
 
+def picture(result: dict[str, Any]) -> plots.Figure:
+  """Every case: how many times as fast as its baseline the others are."""
+  cases = {
+    f'{name}\nbeside {case["baseline"]}': {
+      contestant: tuple(1 / clocks['wall'][k] for k in ('q3', 'median', 'q1'))
+      for contestant, clocks in case['ratios'].items()
+    }
+    for name, case in result['cases'].items()
+    if case['ratios']
+  }
+  fig = plots.figure(8, 1 + 0.09 * plots.speedup_lines(cases))
+  ax = plots.speedups(fig.subplots(), cases)
+  ax.set_xlabel('times as fast (median and quartiles)')
+  return fig
+
+
 def _ratio(ratios: dict[str, dict[str, float]]) -> tuple[str, str]:
   wall, cpu = ratios['wall'], ratios['cpu']
   quartiles = f'{wall["q1"]:.2f}-{wall["q3"]:.2f}'
@@ -123,7 +141,7 @@ def main(argv: list[str]) -> None:
   if not workdir:
     raise app.UsageError('--workdir is needed: a folder for the results')
   run(flags.FLAGS.config, workdir)
-  print(f'written to {workdir}: bench.json, metrics.json')
+  print(f'written to {workdir}: bench.json, metrics.json, speed.png')
 
 
 if __name__ == '__main__':

@@ -11,13 +11,14 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 from matplotlib import axes as mpl_axes
-from matplotlib import textpath, ticker
+from matplotlib import lines, textpath, ticker
 
 # A palette that stays apart for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8A8F98'
 _CYCLE = (BLUE, ORANGE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 _SMALL = 7  # points, for labels
 _MARKERS = ('o', '^', 's', 'v')
+_GAP = 1.5  # lines between one case and the next
 
 Axes = mpl_axes.Axes
 Figure = matplotlib.figure.Figure
@@ -272,6 +273,79 @@ def quality_against_size(
   ax.grid(alpha=0.25)
   _bare(ax)
   return ax
+
+
+def speedups(
+  ax: Axes,
+  cases: Mapping[str, Mapping[str, tuple[float, float, float]]],
+) -> Axes:
+  """How many times as fast as a baseline each contestant of each case is.
+
+  Args:
+    ax: where to draw; `speedup_lines(cases)` says how high.
+    cases: case -> contestant -> lower quartile, median and upper quartile, all
+      positive. A contestant looks the same in every case.
+
+  Returns:
+    ax.
+  """
+  names = list(dict.fromkeys(n for case in cases.values() for n in case))
+  bottom, middles = 0.0, list[float]()
+  for case in cases.values():
+    if middles:
+      ax.axhline(bottom, color=GREY, lw=0.4)
+    for i, name in enumerate(n for n in names if n in case):
+      low, median, high = case[name]
+      look = names.index(name)
+      color = _CYCLE[look % len(_CYCLE)]
+      y = bottom + _GAP / 2 + i + 0.5
+      ax.plot([low, high], [y, y], color=color, lw=1.2)
+      ax.plot(
+        [median],
+        [y],
+        ls='',
+        ms=4.5,
+        color=color,
+        marker=_MARKERS[look // len(_CYCLE) % len(_MARKERS)],
+      )
+    middles.append(bottom + (_GAP + len(case)) / 2)
+    bottom += _GAP + len(case)
+  handles = [
+    lines.Line2D(
+      [],
+      [],
+      ls='',
+      ms=4.5,
+      color=_CYCLE[i % len(_CYCLE)],
+      marker=_MARKERS[i // len(_CYCLE) % len(_MARKERS)],
+      label=literal(name),
+    )
+    for i, name in enumerate(names)
+  ]
+  ax.axvline(1, color=GREY, lw=0.8, ls='--')
+  ax.set_xscale('log')
+  ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  ax.xaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  ax.xaxis.set_minor_locator(ticker.NullLocator())
+  ax.set_yticks(middles, [shorten(case) for case in cases])
+  ax.set_ylim(bottom, 0)
+  ax.tick_params(labelsize=_SMALL)
+  ax.tick_params(axis='y', length=0)
+  ax.grid(axis='x', alpha=0.25)
+  ax.legend(
+    handles=handles,
+    loc='upper left',
+    bbox_to_anchor=(1.01, 1),
+    frameon=False,
+    fontsize=_SMALL,
+  )
+  _bare(ax)
+  return ax
+
+
+def speedup_lines(cases: Mapping[str, Mapping[str, Any]]) -> float:
+  """Lines that `speedups` draws, gaps between cases included."""
+  return sum(_GAP + len(case) for case in cases.values())
 
 
 def sqnr_map(

@@ -81,6 +81,11 @@ class Workdir:
     if self._writes:
       files.write_text(self.path / name, text)
 
+  def write_bytes(self, name: str, data: bytes) -> None:
+    """The same for a picture."""
+    if self._writes:
+      files.write_bytes(self.path / name, data)
+
   def read_json(self, name: str, default: Any = None) -> Any:
     """Reads it back; `default` when it is absent."""
     path = self.path / name

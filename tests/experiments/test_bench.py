@@ -110,6 +110,22 @@ def test_json_holds_cases_ratios_and_where_it_ran(without_peer):
   )
 
 
+def test_the_picture_has_every_ratio(without_peer):
+  result, folder = without_peer
+  assert (folder / 'speed.png').read_bytes().startswith(b'\x89PNG')
+  (axes,) = bench.picture(result).axes
+  cases = {k: c for k, c in result['cases'].items() if c['ratios']}
+  labels = [label.get_text() for label in axes.get_yticklabels()]
+  assert labels == [f'{k}\nbeside {c["baseline"]}' for k, c in cases.items()]
+  # A line of quartiles and a point for each.
+  points = [line for line in axes.lines if line.get_marker() == 'o']
+  assert [p.get_xdata()[0] for p in points] == [
+    1 / clocks['wall']['median']
+    for case in cases.values()
+    for clocks in case['ratios'].values()
+  ]
+
+
 def test_an_absent_peer_is_said_to_be_absent(without_peer):
   found = without_peer[0]
   peer = found['peers']['qwix']
