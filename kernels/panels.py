@@ -48,6 +48,17 @@ class Panels:
   n: int
   dtype: np.dtype
 
+  def __jax_array__(self) -> jax.Array:
+    raise TypeError(
+      f'a weight of shape {self.shape} in panels stands where an array is '
+      'needed: only the weight of a product of int8 activations may be in '
+      'panels; give its unpack()'
+    )
+
+  def __array__(self, *_, **__) -> np.ndarray:
+    self.__jax_array__()
+    raise AssertionError
+
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the weight: (..., rows, N)."""
@@ -187,8 +198,24 @@ def unreadable(k: int, bits: int, group: int) -> str | None:
 
 
 def operand(w: jax.typing.ArrayLike | Panels) -> jax.Array | Panels:
-  """An argument of a product as an array, or in panels."""
-  return w if isinstance(w, Panels) else jnp.asarray(w)
+  """An argument of a product as an array, or in panels.
+
+  Raises:
+    TypeError: codes of panels that are no bytes any more, or of another shape:
+      what a function over the arrays of a model may do to them.
+  """
+  if not isinstance(w, Panels):
+    return jnp.asarray(w)
+  words, found = -(-w.rows // 4), w.codes
+  if found.dtype != jnp.uint8 or (
+    found.ndim < 3 or found.shape[-2:] != (words, WORD)
+  ):
+    raise TypeError(
+      f'codes of panels of {w.rows} rows must be uint8 (..., panels, {words}, '
+      f'{WORD}), found {found.dtype}{list(found.shape)}: leave what prepack '
+      'made as it is, or pack again what is changed'
+    )
+  return w
 
 
 def array(name: str, w: jax.typing.ArrayLike | Panels) -> jax.Array:

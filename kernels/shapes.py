@@ -157,3 +157,9 @@ def split_group_rows(w: jax.Array, group: int, groups: int) -> jax.Array:
 
 def _batch(lead: Sequence[int]) -> tuple[int, ...]:
   return (math.prod(lead),) if lead else ()
+
+
+def varying(y: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
+  """Marks a result as varying over the axes of shard_map that operands do."""
+  axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
+  return jax.lax.pcast(y, tuple(axes), to='varying') if axes else y

@@ -71,7 +71,7 @@ def compiler() -> tuple[str, str]:
     done = subprocess.run(
       [path, '--version'], capture_output=True, text=True, check=False
     )
-    if done.returncode == 0:
+    if done.returncode == 0 and done.stdout:
       return path, done.stdout.splitlines()[0]
   wanted = f'CXX={named}' if named else 'g++ or clang++'
   raise BuildError(
@@ -111,9 +111,11 @@ def build() -> pathlib.Path:
   name = f'cpu-{key()}.so'
   kept = folder()
   try:
+    path = kept / name
     _make_private(kept)
+    if intact(path):  # perhaps in a folder that cannot be written
+      return path
     with _lock(kept / f'{name}.lock'):
-      path = kept / name
       if not intact(path):
         _compile(path)
       return path
@@ -133,8 +135,8 @@ def build() -> pathlib.Path:
 def intact(path: pathlib.Path) -> bool:
   """Whether the library is there, with the content it was written with."""
   try:
-    want = _sidecar(path).read_text().strip()
-    return hashlib.sha256(path.read_bytes()).hexdigest() == want
+    want = _sidecar(path).read_bytes().strip()
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode() == want
   except FileNotFoundError:
     return False
 

@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
-from quantlab_kernels import crossover, int_dot, panels
+from quantlab_kernels import crossover, int_dot, panels, shapes
 from quantlab_kernels.cpu import library
 from quantlab_kernels.panels import Panels
 
@@ -197,8 +197,8 @@ def mapped(run: Callable[..., jax.Array], rows: Sequence[int]):
 
   Args:
     run: takes arrays (1 or batch, ., .), or None, returns (batch, M, N).
-    rows: positions of the operands that have a row for each of M; `run` has
-      x among them. The others belong to the weight.
+    rows: positions of the operands that have a row for each of M, x first. The
+      others belong to the weight.
   """
 
   @custom_vmap
@@ -216,7 +216,7 @@ def mapped(run: Callable[..., jax.Array], rows: Sequence[int]):
         _fold(a, o, size) if i in rows else a for i, (a, o) in enumerate(pairs)
       ]
       y = call(*folded)
-      return y.reshape(size, 1, -1, y.shape[-1]), True
+      return y.reshape(size, 1, operands[rows[0]].shape[-2], y.shape[-1]), True
     y = call(*(_merge(a, o, size, batch) for a, o in pairs))
     return y.reshape(size, batch, *y.shape[1:]), True
 
@@ -280,10 +280,4 @@ def ffi_call(
     isa=np.int64(library.ISAS[spec.isa]),
     **attributes,
   )
-  return varying(y, given)
-
-
-def varying(y: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
-  """Marks a result as varying over the axes of shard_map that operands do."""
-  axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
-  return jax.lax.pcast(y, tuple(axes), to='varying') if axes else y
+  return shapes.varying(y, given)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantlab_kernels import shapes
 from quantlab_kernels.cpu import library, product
 from quantlab_kernels.int8_conv import xla
 
@@ -171,4 +172,4 @@ def _call(window: Window, out: str, isa: str, *operands):
     window=np.array(window, np.int64),
     isa=np.int64(library.ISAS[isa]),
   )
-  return product.varying(y, given)
+  return shapes.varying(y, given)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantlab_kernels import shapes
 from quantlab_kernels.cpu import library, product
 from quantlab_kernels.quantize_activation import xla
 
@@ -57,7 +58,7 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
       ),
       vmap_method='broadcast_all',
     )(*given, **attributes)
-    q, s, z = (product.varying(y, given) for y in found)
+    q, s, z = (shapes.varying(y, given) for y in found)
     plain = symmetric and zero is None
     return q, s, None if plain else z if scale is None else zero
 

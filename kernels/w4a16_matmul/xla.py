@@ -8,6 +8,7 @@ then decoded slice by slice 5.3 / 11 / 92; unpacked in the loop too
 23 / 28 / 110. Below the size of the caches whole is as fast.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -66,6 +67,7 @@ def run(x, w, scale, zero, *, bits, group, signed, decode, precision):
     _by_slice(zero, loops, rows // group),
   )
   y = jnp.zeros((x.shape[0], n), jnp.float32)
+  y = shapes.varying(y, jax.tree.leaves(parts))
   y, _ = lax.scan(lambda y, part: (y + product(*part, group), None), y, parts)
   return y
 

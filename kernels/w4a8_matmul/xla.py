@@ -60,6 +60,7 @@ def run(x, p, scale, zero, x_scale, x_zero, *, bits, group, signed, out_dtype):
     y = jnp.sum(jax.vmap(_one_group)(*parts), axis=0)
   else:
     y = jnp.zeros((m, n), jnp.float32)
+    y = shapes.varying(y, jax.tree.leaves(parts))
     y, _ = lax.scan(lambda y, part: (y + _one_group(*part), None), y, parts)
   if x_scale is not None and shared:
     y = y * x_scale

@@ -59,13 +59,17 @@ def test_it_is_built_once_and_kept_privately(cache, fake):
   assert not [p for p in cache.iterdir() if p.name.startswith('build-')]
 
 
-@pytest.mark.parametrize('damage', ['changed', 'cut', 'no digest'])
+@pytest.mark.parametrize(
+  'damage', ['changed', 'cut', 'no digest', 'bad digest']
+)
 def test_a_damaged_file_is_built_again(damage, cache, fake):
   path = build.build()
   if damage == 'changed':
     path.write_bytes(b'x' + path.read_bytes()[1:])
   elif damage == 'cut':
     path.write_bytes(b'')
+  elif damage == 'bad digest':
+    path.with_suffix('.sha256').write_bytes(b'\xff\xfe')
   else:
     path.with_suffix('.sha256').unlink()
   assert not build.intact(path)
@@ -100,6 +104,15 @@ def test_a_folder_that_cannot_be_written(cache, fake, monkeypatch):
     path = build.build()
   assert path.parent != cache
   assert build.intact(path)
+
+
+def test_a_library_in_a_folder_that_cannot_be_written_is_used(
+  cache, fake, monkeypatch
+):
+  path = build.build()
+  monkeypatch.setattr(build, '_lock', _read_only)
+  assert build.build() == path
+  assert fake() == ONE_BUILD
 
 
 def _read_only(path):

@@ -80,6 +80,12 @@ def test_vmap_folds_rows_where_the_weight_is_shared():
   assert f'i8[1,{M},{K}]' in str(jax.make_jaxpr(mapped)(*_operands((1,))))
 
 
+def test_vmap_over_nothing():
+  x, w = np.zeros((0, 3, 64), np.int8), _codes(64, 12)
+  y = jax.vmap(lambda a: qk.int8_matmul(a, w, implementation='cpu'))(x)
+  assert y.shape == (0, 3, 12)
+
+
 def test_vmap_of_vmap():
   x, p, s, sx, zx = _operands((0, 1))
 

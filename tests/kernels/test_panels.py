@@ -121,6 +121,18 @@ def test_packed_products_are_exact(bits, isa):
 
 
 @on_cpu
+@pytest.mark.parametrize(('k', 'bits'), [(150_000, 4), (2_800_000, 2)])
+def test_a_long_contraction_stays_within_int32(k, bits, isa):
+  """Sums of the upper codes of a byte are kept apart, multiplied by 16 or 4."""
+  x = np.full((2, k), -128, np.int8)
+  code, value = (7, 7) if bits == 4 else (1, 1)
+  byte = sum(code << i for i in range(0, 8, bits))
+  p = qk.prepack(np.full((k * bits // 8, 3), byte, np.uint8))
+  got = qk.w4a8_matmul(x, p, np.ones((1, 3), np.float32), bits=bits)
+  assert (got == np.float32(-128 * value * k)).all()
+
+
+@on_cpu
 @pytest.mark.parametrize('m', [1, 3, 16, 40, 200])
 def test_large_packed_products_are_exact(m, isa):
   """Several panels, blocks and tasks on all threads, with narrow ends."""
@@ -346,5 +358,22 @@ def test_what_cannot_be_packed_is_refused():
     qk.w4a8_matmul(x, qk.prepack(w.view(np.uint8)), one, bits=8)
   with pytest.raises(TypeError, match='wq must be int8, found uint8'):
     qk.int8_matmul(x, qk.prepack(w.view(np.uint8)))
+  for read in (np.asarray, jnp.asarray, qk.quantize_activation):
+    with pytest.raises(TypeError, match=r'shape \(12, 70\) in panels stands'):
+      read(p)
   with pytest.raises(ValueError, match='expected 6 for K=12'):
     qk.w4a8_matmul(x, qk.prepack(w.view(np.uint8)), one, bits=4)
+
+
+@on_cpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize('name', ['cpu', 'xla'])
+def test_panels_that_were_changed_are_refused(name, dtype):
+  """As a function over all arrays of a model would change them."""
+  x, p = _codes(3, 12), qk.prepack(_codes(12, 70))
+  cast = jax.tree.map(lambda a: a.astype(dtype), p)
+  with pytest.raises(TypeError, match=rf'{jnp.dtype(dtype)}\[2, 3, 256\]'):
+    qk.int8_matmul(x, cast, implementation=name)
+  cut = jax.tree.map(lambda a: a[..., :128], p)
+  with pytest.raises(TypeError, match=r'uint8\[2, 3, 128\]: leave'):
+    qk.int8_matmul(x, cut, implementation=name)

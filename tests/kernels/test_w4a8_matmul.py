@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from oracle import matmul as oracle
 from oracle import packing
 
 import quantlab_kernels as qk
 from quantlab_kernels import int_dot
+from quantlab_kernels.w4a8_matmul import xla
 
 
 def _jit(op, *args, **options):
@@ -229,3 +232,33 @@ def test_errors_say_what_was_expected():
     qk.w4a8_matmul(x, p, s, group=8, zero_point=s)
   with pytest.raises(TypeError, match='returns floats'):
     qk.w4a8_matmul(x, p, s, group=8, out_dtype=jnp.int32)
+
+
+@pytest.mark.parametrize('many', [False, True])
+def test_groups_within_shard_map(many, monkeypatch):
+  """A loop over groups on every device, and its derivative."""
+  monkeypatch.setattr(xla, '_batched', lambda *sizes: many)
+  mesh = Mesh(np.array(jax.devices()[:1]), ('d',))
+  x, p, scale = _operands_of_groups()
+
+  def slope(x, p, scale):
+    def loss(s):
+      y = qk.w4a8_matmul(x, p, s, group=16, implementation='xla')
+      return jnp.sum(y**2)
+
+    return jax.grad(loss)(scale)
+
+  columns = P(None, 'd')
+  run = jax.shard_map(
+    slope, mesh=mesh, in_specs=(P(), columns, columns), out_specs=columns
+  )
+  np.testing.assert_allclose(
+    jax.jit(run)(x, p, scale), slope(x, p, scale), rtol=1e-6
+  )
+
+
+def _operands_of_groups():
+  rng = np.random.default_rng(3)
+  x = rng.integers(-128, 128, (3, 64)).astype(np.int8)
+  p = rng.integers(0, 256, (32, 24)).astype(np.uint8)
+  return x, p, np.ones((4, 24), np.float32)

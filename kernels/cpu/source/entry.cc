@@ -89,8 +89,12 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
                    w.is(batch, (y.columns + kPanelColumns - 1) / kPanelColumns,
                         kPanelColumns * rows)
              : w.is(batch, rows, y.columns) && rows * 8 >= x.columns * bits;
+  // Panels say what their weight is of, whatever their codes have become.
+  const ffi::DataType coded = w_.element_type();
+  const bool bytes =
+      coded == ffi::DataType::U8 || coded == ffi::DataType::S8;
   const bool fits =
-      kernels && groups > 0 && bits >= 1 && bits <= 8 &&
+      kernels && groups > 0 && bits >= 1 && bits <= 8 && bytes &&
       x.is(batch, y.rows, x.columns) && holds && per_column(scale) &&
       per_column(zero) && per_row(x_scale) && per_row(x_zero) &&
       (table.empty() || table.is(batch, 1, int64_t{1} << bits));

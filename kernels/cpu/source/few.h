@@ -16,6 +16,9 @@ constexpr int64_t kFewBytes = 32 * 1024;  // of codes of one task, at least
 constexpr int64_t kFewAhead = 32 * 1024;  // bytes fetched ahead of their use
 constexpr int64_t kFewRun = 1024 * 1024;  // of codes of one task in panels
 constexpr int64_t kScalesAhead = 8;       // groups whose scales are fetched
+// Steps of one pass: an upper plane adds up to 4 x 240 x 128 in each, which is
+// sixteen times its part, and must stay below 2^31.
+constexpr int64_t kLongest = 16384;
 constexpr int64_t kRun = 8;               // steps from one pass to the next
 
 // How far it is from one part of a pass to the next.
@@ -267,7 +270,7 @@ struct Few {
   void group(int64_t g, int64_t s0, int64_t s1, bool first) {
     const Group group = group_at(a, plan, g);
     s1 = min_(s1, ceil_div(group.rows, 4));
-    const int64_t all = a.panels ? plan.steps : kRun;
+    const int64_t all = a.panels ? kLongest : kRun;
     for (int64_t s = s0; s < s1; s += all) {
       const int64_t count = min_(4 * min_(all, s1 - s), group.rows - 4 * s);
       run(g, 1, s, group.row0 + 4 * s, count, s > s0, s + all >= s1, first);
@@ -287,7 +290,8 @@ struct Few {
 
   // All groups of one strip in a panel: whole ones in one pass, where it can.
   void panel() {
-    const bool fused = a.groups > 1 && is_simple(a) && n1 - n0 == kWidth;
+    const bool fused = a.groups > 1 && is_simple(a) && n1 - n0 == kWidth &&
+                       plan.steps <= kLongest;
     const int64_t whole = fused ? a.k / a.group : 0;
     if (whole)
       run(0, whole, 0, 0, group_at(a, plan, 0).rows, false, true, true);
