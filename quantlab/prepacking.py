@@ -31,8 +31,8 @@ def prepack(model: Quantized, target: str = 'cpu') -> Quantized:
   all the same; what changes codes (training, search) takes the model before
   this.
 
-  Pure: `jax.eval_shape` gives the shapes of a prepacked model. Columns may be
-  sharded where their number is a multiple of 64.
+  Pure: `jax.eval_shape(lambda: prepack(model).params)` gives the shapes of what
+  it makes. Columns may be sharded where their number is a multiple of 64.
 
   Args:
     model: what `ql.ptq` or `ql.load` returned.

@@ -25,11 +25,11 @@ def quantize_activation(
   """Quantizes activations to int8 codes.
 
     symmetric:  s = max|x| / (2^(bits-1) - 1),      q = clip(round(x / s))
-    asymmetric: s = (max(x, 0) - min(x, 0)) / (2^bits - 1),
+    asymmetric: s = (max(x, 0) - min(x, 0)) / (qmax - qmin),
                 z = qmin + round(-min(x, 0) / s),   q = clip(round(x / s) + z)
 
-  in float32, with x / s as x (1 / s), ties to even, clipped to
-  [-2^(bits-1), 2^(bits-1) - 1], without the lowest code when `narrow`. Zero is
+  in float32, with x / s as x (1 / s), ties to even, clipped to [qmin, qmax]:
+  qmax = 2^(bits-1) - 1, and qmin = -2^(bits-1), or -qmax when `narrow`. Zero is
   represented exactly. A unit of zeros has scale 2^-126.
 
   Args:
