@@ -14,6 +14,7 @@ columns to whole panels, with zeros.
 
 import dataclasses
 import math
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +49,14 @@ class Panels:
   n: int
   dtype: np.dtype
 
-  def __jax_array__(self) -> jax.Array:
+  def _no_array(self, *_: object, **__: object) -> NoReturn:
     raise TypeError(
-      f'a weight of shape {self.shape} in panels stands where an array is '
+      f'a weight w of shape {self.shape} in panels stands where an array is '
       'needed: only the weight of a product of int8 activations may be in '
-      'panels; give its unpack()'
+      'panels; give w.unpack()'
     )
 
-  def __array__(self, *_, **__) -> np.ndarray:
-    self.__jax_array__()
-    raise AssertionError
+  __array__ = __jax_array__ = _no_array
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -216,20 +215,6 @@ def operand(w: jax.typing.ArrayLike | Panels) -> jax.Array | Panels:
       'made as it is, or pack again what is changed'
     )
   return w
-
-
-def array(name: str, w: jax.typing.ArrayLike | Panels) -> jax.Array:
-  """An argument of a product that reads no panels.
-
-  Raises:
-    TypeError: it is in panels.
-  """
-  if isinstance(w, Panels):
-    raise TypeError(
-      f'{name} is in panels, which only products of int8 activations read: '
-      f'give {name}.unpack()'
-    )
-  return jnp.asarray(w)
 
 
 def plain(w: jax.Array | Panels) -> jax.Array:

@@ -1,10 +1,12 @@
 """Shapes shared by the matrix products: folding axes, spreading scales."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -155,11 +157,20 @@ def split_group_rows(w: jax.Array, group: int, groups: int) -> jax.Array:
   return jnp.pad(w, [(0, group * groups - k), (0, 0)]).reshape(groups, group, n)
 
 
-def _batch(lead: Sequence[int]) -> tuple[int, ...]:
-  return (math.prod(lead),) if lead else ()
-
-
 def varying(y: jax.Array, operands: Sequence[jax.Array]) -> jax.Array:
   """Marks a result as varying over the axes of shard_map that operands do."""
   axes = frozenset().union(*(jax.typeof(a).mat.varying for a in operands))
   return jax.lax.pcast(y, tuple(axes), to='varying') if axes else y
+
+
+def summed(
+  term: Callable[..., jax.Array], parts: Any, shape: tuple[int, ...]
+) -> jax.Array:
+  """Adds term(*part) over the first axis of parts, in a loop, in float32."""
+  y = varying(jnp.zeros(shape, jnp.float32), jax.tree.leaves(parts))
+  y, _ = lax.scan(lambda y, part: (y + term(*part), None), y, parts)
+  return y
+
+
+def _batch(lead: Sequence[int]) -> tuple[int, ...]:
+  return (math.prod(lead),) if lead else ()

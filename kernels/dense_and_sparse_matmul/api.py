@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from quantlab_kernels import panels, registry, shapes
+from quantlab_kernels import registry, shapes
 from quantlab_kernels.w4a16_matmul import w4a16_matmul
 
 _OP = registry.Op('dense_and_sparse_matmul')
@@ -50,7 +50,7 @@ def dense_and_sparse_matmul(
   References:
     SqueezeLLM, arXiv:2306.07629, section 4.2.
   """
-  x, w, values = jnp.asarray(x), panels.array('w', w), jnp.asarray(values)
+  x, w, values = jnp.asarray(x), jnp.asarray(w), jnp.asarray(values)
   rows, columns = jnp.asarray(rows), jnp.asarray(columns)
   if w.ndim != 2:
     raise ValueError(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8, UInt16
 
-from quantlab_kernels import packing, panels, registry, shapes
+from quantlab_kernels import packing, registry, shapes
 
 _OP = registry.Op('w4a16_matmul')
 
@@ -55,7 +55,7 @@ def w4a16_matmul(
   Returns:
     y of shape (*lead, ..., N).
   """
-  x, w = jnp.asarray(x), panels.array('w', w)
+  x, w = jnp.asarray(x), jnp.asarray(w)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f'x must be floating, found {x.dtype} of {x.shape}')
   if w.ndim < 2 or not x.ndim:

@@ -8,7 +8,8 @@ then decoded slice by slice 5.3 / 11 / 92; unpacked in the loop too
 23 / 28 / 110. Below the size of the caches whole is as fast.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -66,10 +67,8 @@ def run(x, w, scale, zero, *, bits, group, signed, decode, precision):
     _by_slice(scale, loops, rows // group),
     _by_slice(zero, loops, rows // group),
   )
-  y = jnp.zeros((x.shape[0], n), jnp.float32)
-  y = shapes.varying(y, jax.tree.leaves(parts))
-  y, _ = lax.scan(lambda y, part: (y + product(*part, group), None), y, parts)
-  return y
+  terms = functools.partial(product, group=group)
+  return shapes.summed(terms, parts, (x.shape[0], n))
 
 
 def _dot(x, w, precision):

@@ -10,7 +10,6 @@ dequantize, then a float32 product 30 / 35 / 119.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from quantlab_kernels import codes, int_dot, panels, shapes
 from quantlab_kernels.registry import runs_anywhere as refuses  # noqa: F401
@@ -59,9 +58,7 @@ def run(x, p, scale, zero, x_scale, x_zero, *, bits, group, signed, out_dtype):
   elif _batched(m, n, groups):
     y = jnp.sum(jax.vmap(_one_group)(*parts), axis=0)
   else:
-    y = jnp.zeros((m, n), jnp.float32)
-    y = shapes.varying(y, jax.tree.leaves(parts))
-    y, _ = lax.scan(lambda y, part: (y + _one_group(*part), None), y, parts)
+    y = shapes.summed(_one_group, parts, (m, n))
   if x_scale is not None and shared:
     y = y * x_scale
   return y.astype(out_dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 from matplotlib import axes as mpl_axes
-from matplotlib import lines, textpath, ticker
+from matplotlib import textpath, ticker
 
 # A palette that stays apart for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8A8F98'
@@ -249,8 +249,7 @@ def quality_against_size(
       [size],
       [quality],
       s=30,
-      color=_CYCLE[i % len(_CYCLE)],
-      marker=_MARKERS[i // len(_CYCLE) % len(_MARKERS)],
+      **_look(i),
       label=literal(name),
       zorder=3,
     )
@@ -289,39 +288,27 @@ def speedups(
   Returns:
     ax.
   """
-  names = list(dict.fromkeys(n for case in cases.values() for n in case))
+  names: list[str] = []  # seen so far
   bottom, middles = 0.0, list[float]()
   for case in cases.values():
     if middles:
       ax.axhline(bottom, color=GREY, lw=0.4)
-    for i, name in enumerate(n for n in names if n in case):
-      low, median, high = case[name]
-      look = names.index(name)
-      color = _CYCLE[look % len(_CYCLE)]
-      y = bottom + _GAP / 2 + i + 0.5
-      ax.plot([low, high], [y, y], color=color, lw=1.2)
-      ax.plot(
+    for i, (name, (low, median, high)) in enumerate(case.items()):
+      new = name not in names
+      if new:
+        names.append(name)
+      ax.errorbar(
         [median],
-        [y],
+        [bottom + _GAP / 2 + i + 0.5],
+        xerr=[[median - low], [high - median]],
         ls='',
         ms=4.5,
-        color=color,
-        marker=_MARKERS[look // len(_CYCLE) % len(_MARKERS)],
+        elinewidth=1.2,
+        label=literal(name) if new else None,
+        **_look(names.index(name)),
       )
     middles.append(bottom + (_GAP + len(case)) / 2)
     bottom += _GAP + len(case)
-  handles = [
-    lines.Line2D(
-      [],
-      [],
-      ls='',
-      ms=4.5,
-      color=_CYCLE[i % len(_CYCLE)],
-      marker=_MARKERS[i // len(_CYCLE) % len(_MARKERS)],
-      label=literal(name),
-    )
-    for i, name in enumerate(names)
-  ]
   ax.axvline(1, color=GREY, lw=0.8, ls='--')
   ax.set_xscale('log')
   ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -333,7 +320,6 @@ def speedups(
   ax.tick_params(axis='y', length=0)
   ax.grid(axis='x', alpha=0.25)
   ax.legend(
-    handles=handles,
     loc='upper left',
     bbox_to_anchor=(1.01, 1),
     frameon=False,
@@ -453,6 +439,14 @@ def label_width(names: Sequence[str]) -> float:
 def _text_width(name: str) -> float:
   path = textpath.TextPath((0, 0), shorten(name), size=_SMALL)
   return path.get_extents().width / 72
+
+
+def _look(i: int) -> dict[str, Any]:
+  """Colour and marker of the i-th of many series."""
+  return {
+    'color': _CYCLE[i % len(_CYCLE)],
+    'marker': _MARKERS[i // len(_CYCLE) % len(_MARKERS)],
+  }
 
 
 def _site_axis(ax: Axes, sites: Sequence[str]) -> None:

@@ -239,7 +239,8 @@ def test_groups_within_shard_map(many, monkeypatch):
   """A loop over groups on every device, and its derivative."""
   monkeypatch.setattr(xla, '_batched', lambda *sizes: many)
   mesh = Mesh(np.array(jax.devices()[:1]), ('d',))
-  x, p, scale = _operands_of_groups()
+  x, p = _x((3, 64)), _x((32, 24), seed=1).view(np.uint8)
+  scale = np.ones((4, 24), np.float32)
 
   def slope(x, p, scale):
     def loss(s):
@@ -255,10 +256,3 @@ def test_groups_within_shard_map(many, monkeypatch):
   np.testing.assert_allclose(
     jax.jit(run)(x, p, scale), slope(x, p, scale), rtol=1e-6
   )
-
-
-def _operands_of_groups():
-  rng = np.random.default_rng(3)
-  x = rng.integers(-128, 128, (3, 64)).astype(np.int8)
-  p = rng.integers(0, 256, (32, 24)).astype(np.uint8)
-  return x, p, np.ones((4, 24), np.float32)
