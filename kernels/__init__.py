@@ -14,6 +14,9 @@ from quantlab_kernels.crossover import slower_than_float as slower_than_float
 from quantlab_kernels.dense_and_sparse_matmul import (
   dense_and_sparse_matmul as dense_and_sparse_matmul,
 )
+from quantlab_kernels.derivatives import (
+  differentiated_as as differentiated_as,
+)
 from quantlab_kernels.hadamard import hadamard as hadamard
 from quantlab_kernels.int8_conv import int8_conv as int8_conv
 from quantlab_kernels.int8_matmul import int8_matmul as int8_matmul

@@ -200,8 +200,8 @@ def deploying(plan: Plan | None, *, integer: bool = True) -> rewrite.Handler:
 
   Args:
     plan: what is quantized.
-    integer: False computes what they compute on floats: differentiable
-      (straight-through) in what flows in.
+    integer: False computes what they compute on floats. The derivatives of
+      both are those of the floats, straight through what is rounded.
   """
 
   def handler(site, lhs, rhs, default, state):

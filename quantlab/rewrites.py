@@ -117,8 +117,9 @@ def quantized(
     strict: a QTensor that reaches an operation without a rule is an error;
       False dequantizes it there, with a warning. By default as the plan says,
       and strict without one.
-    integer: False computes what low-bit products compute on floats:
-      differentiable, straight through what is rounded.
+    integer: False computes what low-bit products compute on floats. The
+      derivatives of both are those of the floats, straight through what is
+      rounded.
 
   Returns:
     A function of `(variables, *args, **kwargs)`, where variables may be a

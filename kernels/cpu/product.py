@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
 from quantlab_kernels import crossover, int_dot, panels, shapes
 from quantlab_kernels.cpu import library
+from quantlab_kernels.derivatives import tangent
 from quantlab_kernels.panels import Panels
 
 # Rows of x up to which codes are decoded within the product; as in vec.h.
@@ -164,29 +165,17 @@ def differentiable(fast, otherwise):
 
   def jvp(primals, tangents):
     x, w, scale, zero, x_scale, x_zero, table = primals
-    along, along_x = tangents[2], tangents[4]
-    y = f(*primals)
-    if isinstance(along_x, SymbolicZero) or x_scale is None:
-      along_x = None
-    if isinstance(along, SymbolicZero) or scale is None:
-      along = None
-    dy = jnp.zeros_like(y)
-    if along_x is not None and x_scale.shape[1] == 1:
-      dy += along_x * f(x, w, scale, zero, None, x_zero, table)
-      along_x = None
-    if along is None and along_x is None:
-      return y, dy
-
-    def slow(s, sx):
-      s = scale if s is None else s
-      sx = x_scale if sx is None else sx
-      return otherwise(x, w, s, zero, sx, x_zero, table)
-
-    at = (
-      None if along is None else scale,
-      None if along_x is None else x_scale,
-    )
-    return y, dy + jax.jvp(slow, at, (along, along_x))[1]
+    y, along_x = f(*primals), tangents[4]
+    if (
+      isinstance(along_x, SymbolicZero)
+      or x_scale is None
+      or x_scale.shape[1] > 1
+    ):
+      return y, tangent(otherwise, primals, tangents, y)
+    # A product is linear in the scale of a row.
+    dy = along_x * f(x, w, scale, zero, None, x_zero, table)
+    others = (*tangents[:4], None, *tangents[5:])
+    return y, dy + tangent(otherwise, primals, others, y)
 
   f.defjvp(jvp, symbolic_zeros=True)
   return f

@@ -10,6 +10,7 @@ import numpy as np
 
 from quantlab_kernels import shapes
 from quantlab_kernels.cpu import library, product
+from quantlab_kernels.derivatives import differentiated_as
 from quantlab_kernels.quantize_activation import xla
 
 
@@ -40,8 +41,7 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
     'isa': np.int64(library.ISAS[library.isa()]),
   }
 
-  @jax.custom_jvp
-  def f(x, scale, zero):
+  def fast(x, scale, zero):
     rows = (*x.shape[:-1], 1)
     none = (0,) * x.ndim
     given = (
@@ -62,9 +62,7 @@ def run(x, scale, zero_point, *, bits, axes, symmetric, narrow):
     plain = symmetric and zero is None
     return q, s, None if plain else z if scale is None else zero
 
-  @f.defjvp
-  def jvp(primals, tangents):
-    slow = lambda *a: xla.run(*a, **options)  # noqa: E731
-    return f(*primals), jax.jvp(slow, primals, tangents)[1]
+  def slow(x, scale, zero):
+    return xla.run(x, scale, zero, **options)
 
-  return f(x.astype(jnp.float32), scale, zero_point)
+  return differentiated_as(fast, slow, x.astype(jnp.float32), scale, zero_point)

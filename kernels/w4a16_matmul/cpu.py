@@ -11,9 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from quantlab_kernels.cpu import library, product
+from quantlab_kernels.derivatives import differentiated_as
 from quantlab_kernels.w4a16_matmul import xla
 from quantlab_kernels.w4a16_matmul.reference import decoded
 
@@ -52,36 +52,14 @@ def run(x, w, scale, zero, *, bits, group, signed, decode, precision):
     lifted = jax.tree.map(lambda a: a[None], operands)
     return call(*lifted)[0]
 
-  def slow(x, w, scale, zero):
+  def slow(x, w, scale, zero, values):
+    del values
     options = {'bits': bits, 'group': group, 'signed': signed}
     options |= {'decode': decode, 'precision': precision}
     return xla.run(x, w, scale, zero, **options)
 
-  f = jax.custom_jvp(fast)
-
-  def jvp(primals, tangents):
-    x, w, scale, zero, _ = primals
-    at = (x, scale, zero)
-    along = [tangents[i] for i in (0, 2, 3)]
-    given = [
-      not (a is None or isinstance(t, SymbolicZero))
-      for a, t in zip(at, along, strict=True)
-    ]
-
-    def partly(*varied):
-      it = iter(varied)
-      a = [next(it) if g else v for v, g in zip(at, given, strict=True)]
-      return slow(a[0], w, *a[1:])
-
-    varied = [v for v, g in zip(at, given, strict=True) if g]
-    moved = [t for t, g in zip(along, given, strict=True) if g]
-    y = f(*primals)
-    if not varied:
-      return y, jnp.zeros_like(y)
-    return y, jax.jvp(partly, varied, moved)[1]
-
-  f.defjvp(jvp, symbolic_zeros=True)
-  return f(x.astype(jnp.float32), w, scale, zero, values)
+  operands = (x.astype(jnp.float32), w, scale, zero, values)
+  return differentiated_as(fast, slow, *operands)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from quantlab.formats import Format, Integer, base
@@ -88,8 +89,9 @@ def snap(
 def _snap_jvp(fmt, traced, primals, tangents):
   x, step, inverse, z, limits, table, key = primals
   dx, ds, _, dz, _, dtable, _ = tangents
-  y = x * inverse
-  value = _value(fmt, traced, y, z, limits, table, key)
+  x_hat = snap(fmt, traced, *primals)  # not its value: it is derived again
+  y = lax.stop_gradient(x * inverse)
+  value = lax.stop_gradient(_value(fmt, traced, y, z, limits, table, key))
   shifted = y if z is None else y + z
   lo, hi = limits
   inside = (shifted >= lo - fmt.edge) & (shifted <= hi + fmt.edge)
@@ -101,7 +103,7 @@ def _snap_jvp(fmt, traced, primals, tangents):
   tangent = jnp.where(inside, dx, outside) + by_step * along
   if table is not None:
     tangent += fmt.decode(fmt.encode(y, table), dtable) * step
-  return value * step, tangent
+  return x_hat, tangent
 
 
 def _value(fmt, traced, y, zero_point, limits, table, key) -> Array:

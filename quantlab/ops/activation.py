@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 import quantlab_kernels as kernels
 from quantlab import core, formats
@@ -138,7 +139,11 @@ def to_integers(
   quantizer: Quantizer,
   qparams: QParams | None = None,
 ) -> IntegerRows:
-  """Integer codes of `matrix`, which is x as (batch..., M, K)."""
+  """Integer codes of `matrix`, which is x as (batch..., M, K).
+
+  Constants to derivatives: a product takes those of its simulation.
+  """
+  x, matrix, qparams = lax.stop_gradient((x, matrix, qparams))
   if qparams is None and _plain(quantizer):
     return IntegerRows(
       *kernels.quantize_activation(

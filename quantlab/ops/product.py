@@ -77,7 +77,8 @@ def product(
     quantizer: of the activation, or None.
     qparams: calibrated parameters of a static quantizer.
     default: the traced product on dense operands.
-    integer: False computes on floats what would be computed on integers.
+    integer: False computes on floats what would be computed on integers. The
+      derivatives of both are those of the simulation.
   """
   x, w = (lhs, rhs) if site.side == 'rhs' else (rhs, lhs)
   way = 'float'
@@ -85,17 +86,43 @@ def product(
     roles = {'weight': w.quantizer}
     roles |= {} if quantizer is None else {'input': quantizer}
     way = route(site.kind, roles)
-    if integer and way == 'int8' and _aligned(site, w):
-      run = _int8_conv if site.kind == 'conv' else _int8_dot
-      return run(site, x, w, quantizer, qparams)
     if integer and way == 'weight only' and _decodable(site, w):
       return _float_dot(site, x, w)
-    w = w.dequantize()
-  if quantizer is not None:
-    x = activation.fake_quantize_activation(
-      x, quantizer, site.dims, 'input', qparams
+
+  def simulated(x, w, qparams):
+    if isinstance(w, QTensor):
+      w = w.dequantize()
+    if quantizer is not None:
+      x = activation.fake_quantize_activation(
+        x, quantizer, site.dims, 'input', qparams
+      )
+    return default(x, w) if site.side == 'rhs' else default(w, x)
+
+  if integer and way == 'int8' and _aligned(site, w):
+    run = _int8_conv if site.kind == 'conv' else _int8_dot
+    rows = activation.integer_rows(x, quantizer, site.dims, qparams)
+    return _straight_through(
+      lambda x, w, rows: run(site, x.shape, rows, w),
+      simulated,
+      (x, w, qparams),
+      rows,
     )
-  return default(x, w) if site.side == 'rhs' else default(w, x)
+  return simulated(x, w, qparams)
+
+
+def _straight_through(on_integers, simulated, operands, rows):
+  """A product on integers, differentiated as its simulation.
+
+  What the simulation decodes is not kept for the backward pass: it would be
+  the whole model in float.
+  """
+  later = jax.checkpoint(simulated)
+  return kernels.differentiated_as(
+    lambda operands, rows: on_integers(*operands[:2], rows),
+    lambda operands, rows: later(*operands),
+    operands,
+    rows,
+  )
 
 
 def _aligned(site, w: QTensor) -> bool:
@@ -112,9 +139,8 @@ def _aligned(site, w: QTensor) -> bool:
   return have == want and loops == len(dims.w_batch)
 
 
-def _int8_dot(site, x, w, quantizer, qparams):
+def _int8_dot(site, shape, rows, w):
   dims, q = site.dims, w.quantizer
-  rows = activation.integer_rows(x, quantizer, dims, qparams)
   found = w.qparams
   zero = found.zero_point
   options = {
@@ -155,7 +181,7 @@ def _int8_dot(site, x, w, quantizer, qparams):
       signed=q.format.signed,
       **options,
     )
-  return dims.out_restore(out, x.shape, w.shape)
+  return dims.out_restore(out, shape, w.shape)
 
 
 def _decodable(site, w: QTensor) -> bool:
@@ -186,9 +212,8 @@ def _float_dot(site, x, w):
   return dims.out_restore(out, x.shape, w.shape)
 
 
-def _int8_conv(site, x, w, quantizer, qparams):
-  dims = site.dims
-  rows = activation.integer_rows(x, quantizer, dims, qparams)
+def _int8_conv(site, shape, rows, w):
+  dims, ndim = site.dims, len(shape)
   found = w.qparams
   table, scale = tables.exact(w.quantizer.format), found.step
   if table is None:
@@ -199,14 +224,14 @@ def _int8_conv(site, x, w, quantizer, qparams):
   kernel = dims.w_restore(integers, w.shape)
   strides, padding, lhs_dilation, rhs_dilation = dims.window
   return kernels.int8_conv(
-    dims.x_restore(rows.codes, x.shape),
+    dims.x_restore(rows.codes, shape),
     kernel,
-    x_scale=_per_image(rows.scale, dims, x.ndim),
-    w_scale=_per_output(scale, dims, x.ndim),
-    x_zero=None if rows.zero is None else _per_image(rows.zero, dims, x.ndim),
+    x_scale=_per_image(rows.scale, dims, ndim),
+    w_scale=_per_output(scale, dims, ndim),
+    x_zero=None if rows.zero is None else _per_image(rows.zero, dims, ndim),
     w_zero=None
     if found.zero_point is None
-    else _per_output(found.zero_point.astype(jnp.int32), dims, x.ndim),
+    else _per_output(found.zero_point.astype(jnp.int32), dims, ndim),
     window_strides=strides,
     padding=padding,
     lhs_dilation=lhs_dilation,
@@ -244,15 +269,32 @@ def activation_product(
   integer: bool = True,
 ) -> jax.Array:
   """A product of two activations with quantized operands."""
+  dims = site.dims
+
+  def simulated(lhs, rhs, qparams):
+    values = {'lhs': lhs, 'rhs': rhs}
+    for role in ('lhs', 'rhs'):
+      q = getattr(rule, role)
+      if q is not None:
+        values[role] = activation.fake_quantize_activation(
+          values[role], q, dims, role, qparams.get(role)
+        )
+    return default(values['lhs'], values['rhs'])
+
   way = route(site.kind, rule.quantizers)
-  if integer and way == 'int8' and site.kind == 'dot':
-    dims = site.dims
-    left = activation.to_integers(
+  if not (integer and way == 'int8' and site.kind == 'dot'):
+    return simulated(lhs, rhs, qparams)
+  rows = (
+    activation.to_integers(
       lhs, dims.x_matrix(lhs), rule.lhs, qparams.get('lhs')
-    )
-    right = activation.to_integers(
+    ),
+    activation.to_integers(
       rhs, dims.w_matrix(rhs).swapaxes(-1, -2), rule.rhs, qparams.get('rhs')
-    )
+    ),
+  )
+
+  def on_integers(lhs, rhs, rows):
+    left, right = rows
     zero = right.zero
     out = kernels.int8_matmul(
       left.codes,
@@ -264,11 +306,5 @@ def activation_product(
       out_dtype=jnp.dtype(site.out_dtype),
     )
     return dims.out_restore(out, lhs.shape, rhs.shape)
-  values = {'lhs': lhs, 'rhs': rhs}
-  for role in ('lhs', 'rhs'):
-    q = getattr(rule, role)
-    if q is not None:
-      values[role] = activation.fake_quantize_activation(
-        values[role], q, site.dims, role, qparams.get(role)
-      )
-  return default(values['lhs'], values['rhs'])
+
+  return _straight_through(on_integers, simulated, (lhs, rhs, qparams), rows)

@@ -167,7 +167,7 @@ def _through(x: Array, x_hat: Array) -> Array:
   return x_hat
 
 
-_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+_through.defjvp(lambda primals, tangents: (_through(*primals), tangents[0]))
 
 
 @jax.custom_jvp
@@ -176,7 +176,7 @@ def _scaled(v: Array, factor: Array) -> Array:
   return v
 
 
-_scaled.defjvp(lambda primals, t: (primals[0], t[0] * primals[1]))
+_scaled.defjvp(lambda primals, t: (_scaled(*primals), t[0] * primals[1]))
 
 
 def _constants(found: QParams) -> QParams:

@@ -139,6 +139,31 @@ def test_gradient_under_transforms():
   np.testing.assert_allclose(tangent, jnp.sum(c), rtol=1e-5)
 
 
+def test_derivatives_of_derivatives_go_straight_through():
+  """Of a function of x_hat they are those at x_hat, where nothing clips."""
+  q, w, c = presets.int4(group=4), weights(5), cotangent()
+  f = lambda w: jnp.sum(jnp.sin(w) * c)  # noqa: E731
+  along = weights(6)
+
+  def hvp(f, w):
+    return jax.jvp(jax.grad(f), (w,), (along,))[1]
+
+  got = hvp(lambda w: f(core.fake_quantize(w, q)), w)
+  want = hvp(f, core.fake_quantize(w, q))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  # The mixed one of a learned step, by the equation of LSQ: that of x_hat.
+  given = core.fit(w, q)
+  at = lambda s, w: f(core.fake_quantize(w, q, given._replace(scale=s)))  # noqa: E731
+  mixed = jax.jvp(lambda w: jax.grad(at)(given.scale, w), (w,), (along,))[1]
+  value = core.fake_quantize(w, q, given)
+  by_step = (value - w) / jnp.repeat(given.scale, 4, axis=0)
+  terms = -jnp.sin(value) * c * along * by_step
+  want = terms.reshape(-1, 4, w.shape[-1]).sum(1)
+  np.testing.assert_allclose(
+    mixed.reshape(want.shape), want, rtol=1e-3, atol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   'make',
   [

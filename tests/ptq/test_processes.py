@@ -2,12 +2,10 @@
 
 import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
+import pairs
 import pytest
 from ptq import spread
 
@@ -19,27 +17,10 @@ WORKER = pathlib.Path(__file__).with_name('worker.py')
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """What two workers left behind."""
-  folder = tmp_path_factory.mktemp('processes')
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  workers = [
-    subprocess.Popen(
-      [sys.executable, WORKER, str(index), str(port), folder],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  try:
-    outputs = [w.communicate(timeout=400)[0] for w in workers]
-  finally:
-    for w in workers:
-      w.kill()
-  for w, output in zip(workers, outputs, strict=True):
-    assert w.returncode == 0, output
-  return folder
+  return pairs.run(
+    lambda port, index, folder: [WORKER, str(index), str(port), folder],
+    tmp_path_factory.mktemp('processes'),
+  )
 
 
 def arrays(path):

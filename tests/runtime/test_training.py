@@ -2,7 +2,6 @@
 
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pairs
 import pytest
 from runtime import fitting
 from runtime.fitting import STEPS, X, Y, fit, start, walk
@@ -83,27 +83,13 @@ def test_killed_by_the_system_it_goes_on(tmp_path, update, whole):
 
 def test_two_processes_do_what_one_does(tmp_path, whole):
   """Each with two devices; sums have another order."""
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  workers = [
-    subprocess.Popen(
-      [sys.executable, WORKER, tmp_path, '0', str(port), str(i)],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    outputs = [w.communicate(timeout=300)[0] for w in workers]
-  finally:
-    for w in workers:
-      w.kill()
-  assert all(w.returncode == 0 for w in workers), outputs
+  folder = pairs.run(
+    lambda port, index, folder: [WORKER, folder, '0', str(port), str(index)],
+    tmp_path,
+  )
   expected = jax.tree.leaves(whole[0]['variables'])
   for i in range(2):
-    with np.load(tmp_path / f'{i}.npz') as found:
+    with np.load(folder / f'{i}.npz') as found:
       for name, x in zip(found.files, expected, strict=True):
         np.testing.assert_allclose(found[name], x, rtol=1e-5)
 
