@@ -21,11 +21,11 @@ def differentiated_as(f: Callable, g: Callable, *args: Any) -> Any:
     args: of both; trees of arrays.
   """
   leaves, tree = jax.tree.flatten(args)
-  h = jax.custom_jvp(lambda *leaves: f(*tree.unflatten(leaves)))
+  h = jax.custom_jvp(lambda *leaves: f(*jax.tree.unflatten(tree, leaves)))
 
   def jvp(primals, tangents):
     y = h(*primals)
-    flat = lambda *leaves: g(*tree.unflatten(leaves))  # noqa: E731
+    flat = lambda *leaves: g(*jax.tree.unflatten(tree, leaves))  # noqa: E731
     return y, tangent(flat, primals, tangents, y)
 
   h.defjvp(jvp, symbolic_zeros=True)
@@ -58,7 +58,8 @@ def tangent(
     pairs = zip(primals, given, strict=True)
     return g(*[next(it) if varies else a for a, varies in pairs])
 
-  return jax.jvp(partly, *map(list, zip(*along, strict=True)))[1]
+  at, moved = zip(*along, strict=True)
+  return jax.jvp(partly, at, moved)[1]
 
 
 def _still(y):

@@ -98,7 +98,7 @@ def product(
       )
     return default(x, w) if site.side == 'rhs' else default(w, x)
 
-  if integer and way == 'int8' and _aligned(site, w):
+  if quantizer and integer and way == 'int8' and _aligned(site, w):
     run = _int8_conv if site.kind == 'conv' else _int8_dot
     rows = activation.integer_rows(x, quantizer, site.dims, qparams)
     return _straight_through(
