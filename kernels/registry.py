@@ -91,8 +91,8 @@ class Op:
       near = difflib.get_close_matches(str(name), names, 1)
       hint = f', did you mean {near[0]!r}?' if near else ''
       raise ValueError(
-        f'{self.name}: no implementation {name!r}{hint} '
-        f'Expected None or one of {names}.'
+        f'{self.name}: no implementation {name!r}{hint or ";"} expected None '
+        f'or one of {names}'
       )
     module: Any = importlib.import_module(f'{self._package}.{name}')
     return module

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -82,9 +83,10 @@ def per_row(
       raise ValueError('last axis')
     s = jnp.broadcast_to(s, (*rows, last))
   except ValueError as error:
+    wide = f'{(*rows, groups)} or ' if groups > 1 else ''
     raise ValueError(
       f'{name} has shape {s.shape}, expected one that broadcasts to '
-      f'{(*rows, groups)} or {(*rows, 1)}'
+      f'{wide}{(*rows, 1)}'
     ) from error
   m = math.prod(tuple(rows)[len(lead) :])
   return s.reshape(*_batch(lead), m, last)
@@ -139,8 +141,8 @@ def group_count(k: int, group: int | None) -> tuple[int, int]:
   """Returns (group, groups); None is one group of all of K."""
   if group is None:
     return max(k, 1), 1
-  if group < 1:
-    raise ValueError(f'{group=} must be positive')
+  if not isinstance(group, int | np.integer) or group < 1:
+    raise ValueError(f'{group=} must be a positive integer, or None')
   return group, max(-(-k // group), 1)
 
 

@@ -12,6 +12,7 @@ import rich.table
 
 import quantlab_kernels as kernels
 from quantlab.core import tree as tree_lib
+from quantlab.core.qtensor import PANELS
 from quantlab.graph.segments import names as segment_names
 
 if TYPE_CHECKING:
@@ -161,6 +162,13 @@ def text(plan: Plan, params: Any = None) -> str:
     f'{sums["bits_per_weight"]:.3f} bits per weight',
     f'{sums["float_bytes"]:,.0f} bytes in float, {size:,.0f} bytes quantized',
   ]
+  leaves = [leaf for _, leaf in tree_lib.named_leaves(params)]
+  coded = [q for q in leaves if tree_lib.is_qtensor(q)]
+  if packed := [q for q in coded if q.tag == PANELS]:
+    lines.append(
+      f'{len(packed)} of {len(coded)} coded weights packed ahead for the '
+      'kernels of the CPU'
+    )
   left = [s.id for s in plan.sites.values() if s.rule is None]
   if left:
     lines.append('left in float: ' + ', '.join(left))

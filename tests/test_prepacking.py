@@ -46,6 +46,8 @@ def _check(apply, params, batch, want, recipe=None, rtol=0.0):
       functools.partial(np.testing.assert_allclose, rtol=rtol, atol=rtol),
       *(got, expected),
     )
+  assert ('packed ahead' in packed.summary()) == bool(want)
+  assert 'packed ahead' not in model.summary()
   _equal(ql.prepack(packed).params, packed.params)
   back = ql.prepack(packed, 'canonical')
   _equal(back.params, model.params)

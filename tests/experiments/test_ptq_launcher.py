@@ -385,12 +385,25 @@ def test_a_dry_run_plans_and_does_nothing(monkeypatch, tmp_path, capsys, calls):
   assert not list(tmp_path.iterdir())
 
 
+# The second variant waits while there is a file `hold`, to be interrupted.
 _TWO = """
 import functools
+import pathlib
 import runpy
+import time
+import quantlab as ql
 from quantlab.models import digits
 
+hold, run, ptq = pathlib.Path({hold!r}), pathlib.Path({run!r}), ql.ptq
+
+def held(*args, **kwargs):
+  metrics = run / 'metrics.json'
+  while hold.exists() and metrics.exists() and '/w8a8' in metrics.read_text():
+    time.sleep(0.1)
+  return ptq(*args, **kwargs)
+
 def get_config():
+  ql.ptq = held
   digits.train_digits = functools.partial(digits.train_digits, epochs=2)
   config = runpy.run_path({path!r})['get_config']()
   config.evaluation, config.models = 100, ('digits_cnn',)
@@ -413,7 +426,12 @@ def start(config, run):
 
 def test_an_interrupted_run_is_whole_and_goes_on(tmp_path):
   config, run = tmp_path / 'two.py', tmp_path / 'run'
-  config.write_text(_TWO.format(path=str(_CONFIGS / 'digits.py')))
+  hold = tmp_path / 'hold'
+  hold.touch()
+  text = _TWO.format(
+    path=str(_CONFIGS / 'digits.py'), hold=str(hold), run=str(run)
+  )
+  config.write_text(text)
   process = start(config, run)
   try:
     deadline = time.monotonic() + 300
@@ -437,6 +455,7 @@ def test_an_interrupted_run_is_whole_and_goes_on(tmp_path):
     if folder.name[0] != '.':  # a dot: never looked at, removed by the next
       assert ql.load(folder, digits.Cnn().apply).nbytes > 0
   assert (run / 'checkpoints' / 'digits_cnn' / 'w8a8_static').exists()
+  hold.unlink()
   process = start(config, run)
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err

@@ -12,6 +12,7 @@ from oracle import packing
 
 import quantlab_kernels as qk
 from quantlab_kernels import int_dot
+from quantlab_kernels.cpu import product
 
 pytestmark = pytest.mark.usefixtures('cpu_kernels')
 
@@ -274,3 +275,21 @@ def test_sharded_operands_are_refused_outside_shard_map(monkeypatch):
   monkeypatch.setattr(int_dot, 'on_one_cpu', lambda: False)
   with pytest.raises(ValueError, match='devices: an operand that is sharded'):
     qk.int8_matmul(_x((2, 8)), _x((8, 3)), implementation='cpu')
+
+
+def test_the_library_refuses_what_does_not_fit():
+  """Such as the operands of an exported program that were changed."""
+  x, (w, _) = _x((3, 64)), _w(64, 8, 4)
+  run = lambda w: product.multiply(  # noqa: E731
+    *map(jnp.asarray, (x, w)),
+    *(None,) * 4,
+    bits=4,
+    group=64,
+    signed=True,
+    otherwise=None,
+  )
+  assert run(w).shape == (3, 8)
+  with pytest.raises(
+    jax.errors.JaxRuntimeError, match=r'codes \(1, 31, 8\).*4 bits in groups'
+  ):
+    run(w[:31])

@@ -224,8 +224,9 @@ def test_errors_say_what_was_expected():
     qk.w4a8_matmul(x, p[:9], s, group=8)
   with pytest.raises(ValueError, match=r'scale has shape \(3, 5\)'):
     qk.w4a8_matmul(x, p, s, group=4)
-  with pytest.raises(ValueError, match='group=0 must be positive'):
-    qk.w4a8_matmul(x, p, s, group=0)
+  for group in (0, 8.0):
+    with pytest.raises(ValueError, match=f'{group=} must be a positive int'):
+      qk.w4a8_matmul(x, p, s, group=group)
   with pytest.raises(ValueError, match='1 to 8 bits'):
     qk.w4a8_matmul(x, p, s, bits=9)
   with pytest.raises(TypeError, match='zero_point must be an integer'):

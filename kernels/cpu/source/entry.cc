@@ -58,10 +58,25 @@ struct Operand {
   bool is(int64_t b, int64_t r, int64_t c) const {
     return (batch == 1 || batch == b) && rows == r && columns == c;
   }
+  std::string text() const {
+    return "(" + std::to_string(batch) + ", " + std::to_string(rows) + ", " +
+           std::to_string(columns) + ") of " + std::to_string(width) +
+           " bytes each";
+  }
 
   void* data;
   int64_t batch = 0, rows = 0, columns = 0, width = 0;
 };
+
+ffi::Error unfit(const Operand& x, const Operand& w, const Operand& y,
+                 int64_t bits, int64_t group) {
+  return ffi::Error(
+      ffi::ErrorCode::kInvalidArgument,
+      "quantlab: operands of a product do not fit: rows " + x.text() +
+          ", codes " + w.text() + ", result " + y.text() + ", of " +
+          std::to_string(bits) + " bits in groups of " + std::to_string(group) +
+          "; were the codes of a weight cast or reshaped?");
+}
 
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
                     ffi::AnyBuffer scale_, ffi::AnyBuffer zero_,
@@ -99,8 +114,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::AnyBuffer x_, ffi::AnyBuffer w_,
       per_column(zero) && per_row(x_scale) && per_row(x_zero) &&
       (table.empty() || table.is(batch, 1, int64_t{1} << bits));
   if (!fits)
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      "quantlab: shapes of a product do not fit");
+    return unfit(x, w, y, bits, group);
   Product a{};
   a.m = x.rows, a.k = x.columns, a.n = y.columns;
   a.group = group, a.groups = groups;
@@ -142,8 +156,7 @@ ffi::Error MultiplyFloats(ffi::ThreadPool pool, ffi::AnyBuffer x_,
                     per_column(zero) &&
                     (bits > 4 ? values.empty() : values.is(y.batch, 1, 16));
   if (!fits)
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      "quantlab: shapes of a product do not fit");
+    return unfit(x, w, y, bits, group);
   FloatProduct a{};
   a.m = x.rows, a.k = x.columns, a.n = y.columns;
   a.group = group, a.groups = groups;
