@@ -2,6 +2,7 @@
 of each program.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -25,6 +26,10 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
 # Otherwise the name of the folder is a part of every key.
 os.environ['JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'] = 'none'
 
+# Traces are many small objects that live long: looking through them for cycles
+# as often as Python does takes a tenth of the time.
+gc.set_threshold(100_000, 50, 50)
+
 
 def pytest_unconfigure():
   """The cache is of this run alone."""
@@ -41,16 +46,41 @@ def forget_programs():
   jax.clear_caches()
 
 
-@pytest.fixture(scope='module')
-def compiled_quickly():
-  """LLVM at level 0, which halves the time of a compilation.
+# Folders of what has to be equal bit for bit. The others say nothing of the
+# last bit or of time: launchers, margins of methods, refusals. Their modules
+# that do are marked `as_for_users`.
+_AS_FOR_USERS = ('core', 'formats', 'kernels')
 
-  For modules that say nothing of the last bit or of time: launchers, margins
-  of methods, refusals. What has to be equal bit for bit is tested as compiled
-  for users.
+
+@pytest.fixture(autouse=True, scope='module')
+def compiled_quickly(request):
+  """LLVM at level 0, and a kernel for each operation in place of fusions of
+  them: a third of the time of a compilation. In processes started too.
   """
+  marked = request.node.get_closest_marker('as_for_users')
+  if marked or request.path.parent.name in _AS_FOR_USERS:
+    yield
+    return
   import jax
+  from jax._src import compiler
 
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+  options = compiler.get_compile_options
+  options(1, 1)  # XLA reads its flags once: those of this process stay
+
+  def without_fusions(*args, **kwargs):
+    made = options(*args, **kwargs)
+    made.env_option_overrides = [
+      *made.env_option_overrides,
+      ('xla_cpu_use_fusion_emitters', False),
+    ]
+    return made
+
+  with pytest.MonkeyPatch.context() as patch:
+    # JAX has no setting of XLA's options for all programs of a while.
+    patch.setattr(compiler, 'get_compile_options', without_fusions)
+    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+    flags = os.environ['XLA_FLAGS']
+    patch.setenv('XLA_FLAGS', f'{flags} --xla_cpu_use_fusion_emitters=false')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)

@@ -5,39 +5,24 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 
 LIMIT = 150  # seconds; they take fifteen alone, forty beside other tests
 
 
-def run(command, tmp_path):
+def run(command, folder):
   """Runs two workers until both have ended well.
-
-  A collective of two local processes has been seen to wait forever, once in
-  many hundred runs. Two that do not end say where they are, in a warning, and
-  are started a second time.
 
   Args:
     command: (port, index, folder) -> arguments of python.
-    tmp_path: folders are made in it.
+    folder: where they write.
 
   Returns:
-    The folder of the workers that ended.
+    The folder.
+
+  Raises:
+    AssertionError: one failed, or they did not end; with what they printed and
+      the stacks of threads that hang.
   """
-  folder = tmp_path / 'first'
-  folder.mkdir()
-  outputs = _attempt(command, folder)
-  if outputs is not None:
-    warnings.warn('started again, hung at: ' + '\n'.join(outputs), stacklevel=2)
-    folder = tmp_path / 'second'
-    folder.mkdir()
-    outputs = _attempt(command, folder)
-    assert outputs is None, outputs
-  return folder
-
-
-def _attempt(command, folder):
-  """What workers that hang print, with the stacks of their threads; or None."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
@@ -60,7 +45,5 @@ def _attempt(command, folder):
     for w in workers:
       w.kill()
   outputs = [path.read_text() for path in paths]
-  if still:
-    return outputs
-  assert all(w.returncode == 0 for w in workers), outputs
-  return None
+  assert all(w.returncode == 0 for w in workers), '\n'.join(outputs)
+  return folder

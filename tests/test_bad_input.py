@@ -10,8 +10,6 @@ from oracle import snap
 
 import quantlab as ql
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 W8 = ql.int8()
 STATIC = ql.rule(weight=W8, input=ql.int8(per='tensor', static=True))
 

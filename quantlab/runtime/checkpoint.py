@@ -86,9 +86,10 @@ def save_arrays(
     barrier(f'wrote {path}')
     content['files'] = _describe_files(partial)
     content['digest'] = _digest(content)
+    # The manifest is no file that another process may find while it lists them.
+    barrier(f'described {path}')
     if first:
       files.write_json(partial / MANIFEST, content)
-    barrier(f'described {path}')
   barrier(f'saved {path}')
   return content
 

@@ -15,6 +15,7 @@ import os
 import re
 import time
 import uuid
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -120,7 +121,7 @@ class Study:
     self._storage = storage
     self.study = self._open(name, made)
     self._locks = storages.locks(storage)
-    self._lock = self._sign()
+    self._sign()
 
   def _open(self, name: str, sampler: Any) -> optuna.Study:
     """The study in its storage, begun here or there."""
@@ -385,10 +386,10 @@ class Study:
         if j not in exact
       }
 
-  def _sign(self) -> Any:
-    """A file that stays locked as long as this process lives."""
+  def _sign(self) -> None:
+    """Locks a file for as long as this study lives."""
     if self._locks is None:
-      return None
+      return
     try:
       lock = open(self._locks / self.worker, 'w')  # noqa: SIM115 (held open)
     except OSError as error:
@@ -401,7 +402,7 @@ class Study:
         f'a worker {self.worker!r} of this study is running: give another '
         'name, or let go of that study first'
       ) from None
-    return lock
+    weakref.finalize(self, lock.close)
 
 
 def trials_of(

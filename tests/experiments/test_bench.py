@@ -19,7 +19,6 @@ from experiments.benchmarks import crossover, latency, timing, trace
 from quantlab import search
 from quantlab.models import resnet_cifar, transformer
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
 _ROOT = pathlib.Path(__file__).parents[2]
 
 

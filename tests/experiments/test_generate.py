@@ -12,8 +12,6 @@ from ml_collections import config_dict
 from experiments import decoding, generate, variants
 from quantlab.models import llama
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 SIZES = {'vocab': 31, 'dim': 16, 'hidden': 24, 'blocks': 2, 'heads': 2}
 SIZES |= {'kv_heads': 1}
 A8 = {'format': 'int8', 'per': 'token'}

@@ -21,8 +21,6 @@ from experiments import ptq, variants
 from quantlab import models, quality, runtime
 from quantlab.models import digits
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 _ROOT = pathlib.Path(__file__).parents[2]
 _CONFIGS = _ROOT / 'configs' / 'ptq'
 _W8 = {

@@ -18,8 +18,6 @@ import quantlab as ql
 from experiments import qat, tasks, variants
 from quantlab import runtime
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 ROOT = pathlib.Path(__file__).parents[2]
 BAD = tiny_launch.ADAM | {'name': 'adan'}
 CONFIG = pathlib.Path(__file__).parents[1] / 'qat' / 'tiny_launch.py'

@@ -20,7 +20,6 @@ from quantlab import search as searches
 from quantlab.models import digits as networks
 from quantlab.search import Table, predict
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
 EPOCHS = 3
 
 

@@ -41,8 +41,6 @@ from quantlab import data, models, runtime
 from quantlab.models import digits as networks
 from quantlab.search import Measure, Table
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 
 @pytest.fixture(scope='module', autouse=True)
 def _trained_once():

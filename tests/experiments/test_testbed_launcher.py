@@ -9,8 +9,6 @@ from configs.testbeds import text
 from experiments import testbed
 from quantlab.core.tree import named_leaves
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 
 def test_the_file_holds_the_model_that_was_judged(tmp_path):
   config = text.get_config('llama')

@@ -8,6 +8,8 @@ import quantlab as ql
 from quantlab import core
 from quantlab.ops import activation
 
+pytestmark = pytest.mark.as_for_users
+
 
 @pytest.mark.parametrize(
   'q',

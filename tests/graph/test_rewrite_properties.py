@@ -12,6 +12,8 @@ from oracle import snap
 
 import quantlab as ql
 
+pytestmark = pytest.mark.as_for_users
+
 W8A8 = ql.rule(weight=ql.int8(), input=ql.int8(per='token'))
 
 

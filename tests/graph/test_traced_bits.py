@@ -9,6 +9,8 @@ from oracle import snap
 
 import quantlab as ql
 
+pytestmark = pytest.mark.as_for_users
+
 X = normal(9, 4, 8)
 A8 = ql.int8(per='token')
 STATIC = {2: ql.int2, 3: ql.int3, 4: ql.int4, 6: ql.int6, 8: ql.int8}

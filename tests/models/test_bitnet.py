@@ -10,8 +10,6 @@ import pytest
 import quantlab as ql
 from quantlab.models import bitnet, llama, mlp
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 KEY = jax.random.key(0)
 LISTED = bitnet.language_model(31, 16, 2, heads=2)
 STACKED = bitnet.language_model(31, 16, 2, heads=2, scanned=True)

@@ -7,8 +7,6 @@ import pytest
 from quantlab import data, models, quality
 from quantlab.models import digits
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 
 @pytest.mark.parametrize(
   ('name', 'least'), [('digits_cnn', 0.98), ('digits_vit', 0.95)]

@@ -20,10 +20,7 @@ from quantlab.models import (
   resnet_cifar,
 )
 
-pytestmark = [
-  pytest.mark.shared,
-  pytest.mark.usefixtures('compiled_quickly'),
-]
+pytestmark = pytest.mark.shared
 
 
 def flat(path):

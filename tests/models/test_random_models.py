@@ -19,8 +19,6 @@ from quantlab.models import (
   unet,
 )
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 KEY = jax.random.key(0)
 LLAMA = llama.Config(vocab=31, dim=16, hidden=24, blocks=2, heads=4, kv_heads=2)
 BERT = bert.Config(vocab=31, positions=12, dim=16, hidden=24, blocks=2, heads=4)

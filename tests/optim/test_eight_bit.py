@@ -17,6 +17,8 @@ from quantlab.data import embedded
 from quantlab.optim import FIELDS, eight_bit
 from quantlab.runtime import make_mesh
 
+pytestmark = pytest.mark.as_for_users
+
 
 class Signed(NamedTuple):
   mu: Any

@@ -15,8 +15,6 @@ from quantlab import core
 from quantlab.data import embedded
 from quantlab.optim import eight_bit, inverse_slope, parq, prox, ranges
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 drawing = jax.jit(prox, static_argnums=1)
 INT4 = ql.int4(per='channel')
 TERNARY = ql.ternary(per='channel')

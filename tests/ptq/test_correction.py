@@ -12,8 +12,6 @@ import pytest
 import quantlab as ql
 from quantlab.ptq.local import OutputMoments
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 W2 = ql.rule(weight=ql.int2(), input=ql.int8(per='token'))
 
 

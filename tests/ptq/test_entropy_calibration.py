@@ -9,8 +9,6 @@ import pytest
 import quantlab as ql
 from quantlab.core import quantizer as quantizer_lib
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 KL = ql.scales.kl()
 STATIC = {'per': 'tensor', 'static': True}
 BINS = 2048

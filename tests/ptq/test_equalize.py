@@ -14,8 +14,6 @@ from ptq.equivalents import sqnr
 import quantlab as ql
 from quantlab.models import transformer
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 STATIC = ql.rule(weight=ql.int8(), input=ql.int8(per='tensor', static=True))
 W8A8 = {'block.*kernel$': STATIC}
 

@@ -12,8 +12,6 @@ import quantlab as ql
 from quantlab import rewrites
 from quantlab.ptq import inputs
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 # Each finds what the ones before it left, at run time too.
 MEMBERS = (
   ql.outlier_suppression(grid=4),

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import quantlab as ql
 
+pytestmark = pytest.mark.as_for_users
+
 RULE = ql.rule(
   weight=ql.int4(group=4), input=ql.int8(per='tensor', static=True)
 )

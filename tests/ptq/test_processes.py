@@ -1,5 +1,6 @@
 """Two processes with one device each do what one process does."""
 
+import json
 import pathlib
 import re
 
@@ -10,6 +11,9 @@ import pytest
 from ptq import spread
 
 import quantlab as ql
+from quantlab.runtime import checkpoint
+
+pytestmark = pytest.mark.as_for_users
 
 WORKER = pathlib.Path(__file__).with_name('worker.py')
 
@@ -65,6 +69,15 @@ def test_the_first_process_writes(folder):
   assert second
   for name in second:
     assert own.fullmatch(name), name
+
+
+def test_both_know_the_files_of_what_they_saved(folder):
+  """The manifest is written when all have listed the others."""
+  first, second = (
+    json.loads((folder / f'manifest{i}.json').read_text()) for i in range(2)
+  )
+  assert first == second
+  assert first == checkpoint.read_manifest(folder / 'model')
 
 
 def test_one_process_reads_what_two_wrote(folder):

@@ -16,8 +16,6 @@ from quantlab.models import digits
 from quantlab.ptq import hadamard
 from quantlab.ptq.transform import Context
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 KEY = jax.random.key(5)
 W4A4 = ql.rule(weight=ql.int4(), input=ql.int4(per='token'))
 

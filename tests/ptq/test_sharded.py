@@ -14,6 +14,8 @@ from quantlab.ptq import hessian, resume, streams, walk
 from quantlab.rewrites import observe
 from quantlab.runtime import make_mesh
 
+pytestmark = pytest.mark.as_for_users
+
 
 def ptq(encoder, apply, params, batches, **options):
   return ql.ptq(apply, params, spread.RECIPE, batches, encoder, **options)

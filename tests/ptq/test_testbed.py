@@ -9,8 +9,6 @@ from ptq import beds
 
 import quantlab as ql
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 STATIC = ql.rule(
   weight=ql.int8(),
   input=ql.int8(per='tensor', static=True, symmetric=False),

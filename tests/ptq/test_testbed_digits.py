@@ -14,8 +14,6 @@ import quantlab as ql
 from quantlab.data import embedded
 from quantlab.models import digits
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 RTN, CLE = ql.rtn(), ql.cross_layer_equalization()
 BIASES, NORMS = ql.bias_correction(), ql.batch_norm_reestimation()
 ALL = '/kernel$'

@@ -11,8 +11,6 @@ from ptq import beds
 
 import quantlab as ql
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 W4A4 = ql.rule(weight=ql.int4(), input=ql.int4(per='token'))
 
 

@@ -1,8 +1,10 @@
 """One of two processes: `python worker.py <index> <port> <folder>`."""
 
+import json
 import os
 import pathlib
 import sys
+import time
 
 
 def main(index, port, folder):
@@ -26,7 +28,7 @@ def quantize(folder, index):
 
   import quantlab as ql
   from quantlab.ptq import walk
-  from quantlab.runtime import make_mesh
+  from quantlab.runtime import checkpoint, make_mesh
 
   mesh = make_mesh(data=-1)
   apply, params, batches = spread.setup()
@@ -67,11 +69,25 @@ def quantize(folder, index):
   except StoppedError:
     walk._Walker.block = real
   resumed = ptq(workdir=folder / 'walk', memory=0)
-  ql.save(folder / 'model', resumed)
+  if index == 1:
+    look_late(checkpoint)
+  manifest = ql.save(folder / 'model', resumed)
   text = '\n'.join(written)
   (folder / f'written{index}.txt').write_text(text)
+  (folder / f'manifest{index}.json').write_text(json.dumps(manifest))
   np.savez(folder / f'whole{index}.npz', *whole(model))
   np.savez(folder / f'resumed{index}.npz', *whole(resumed))
+
+
+def look_late(checkpoint):
+  """Lists what was written only when the other process has gone on."""
+  describe = checkpoint._describe_files
+
+  def late(*args):
+    time.sleep(0.5)
+    return describe(*args)
+
+  checkpoint._describe_files = late
 
 
 def record_writes(folder):

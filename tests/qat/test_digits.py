@@ -15,8 +15,6 @@ import pytest
 import quantlab as ql
 from quantlab.data import embedded
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 E = ql.estimators
 SIZES = (64, 32, 32, 32, 10)
 SEEDS = 4

@@ -10,6 +10,8 @@ import pytest
 import quantlab as ql
 from quantlab import core
 
+pytestmark = pytest.mark.as_for_users
+
 E = ql.estimators
 S = 0.25
 # Inside, on a level, between levels, and beyond both ends of int3 at step S.

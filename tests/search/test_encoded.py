@@ -11,8 +11,6 @@ from jax import lax
 import quantlab as ql
 from quantlab.search import encoded
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 W = programs.Random(3)
 PARAMS = {'a': W(12, 8, scale=0.5), 'b': W(8, 4, scale=0.5)}
 XS = [(W(16, 12, scale=1.0),) for _ in range(2)]

@@ -12,8 +12,6 @@ from jax import lax
 import quantlab as ql
 from quantlab import quality, search
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 W = programs.Random(5)
 
 

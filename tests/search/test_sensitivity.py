@@ -15,8 +15,6 @@ import quantlab as ql
 from quantlab import quality, search
 from quantlab.search.simulate import Options
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 W = programs.Random(5)
 PARAMS = {'a': W(4, 5, scale=0.9), 'b': W(5, 3, scale=0.9)}
 XS = [W(6, 4, scale=1.0) for _ in range(3)]

@@ -9,8 +9,6 @@ from graph import programs
 import quantlab as ql
 from quantlab import quality, search
 
-pytestmark = pytest.mark.usefixtures('compiled_quickly')
-
 W = programs.Random(7)
 PARAMS = {'a': W(4, 5, scale=0.9), 'b': W(5, 3, scale=0.9)}
 XS = [W(6, 4, scale=1.0) for _ in range(3)]
