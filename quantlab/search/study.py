@@ -121,7 +121,7 @@ class Study:
     self._storage = storage
     self.study = self._open(name, made)
     self._locks = storages.locks(storage)
-    self._sign()
+    self._lock = self._sign()
 
   def _open(self, name: str, sampler: Any) -> optuna.Study:
     """The study in its storage, begun here or there."""
@@ -386,10 +386,10 @@ class Study:
         if j not in exact
       }
 
-  def _sign(self) -> None:
-    """Locks a file for as long as this study lives."""
+  def _sign(self) -> Any:
+    """A file that stays locked as long as this study lives."""
     if self._locks is None:
-      return
+      return None
     try:
       lock = open(self._locks / self.worker, 'w')  # noqa: SIM115 (held open)
     except OSError as error:
@@ -403,6 +403,7 @@ class Study:
         'name, or let go of that study first'
       ) from None
     weakref.finalize(self, lock.close)
+    return lock
 
 
 def trials_of(
