@@ -36,3 +36,4 @@ from quantlab_kernels.registry import use as use
 from quantlab_kernels.ternary_matmul import ternary_matmul as ternary_matmul
 from quantlab_kernels.w4a8_matmul import w4a8_matmul as w4a8_matmul
 from quantlab_kernels.w4a16_matmul import w4a16_matmul as w4a16_matmul
+from quantlab_kernels.whole import whole as whole

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from quantlab_kernels.whole import whole
+
 
 def differentiated_as(f: Callable, g: Callable, *args: Any) -> Any:
   """Returns f(*args), with the derivatives of g.
@@ -24,7 +26,7 @@ def differentiated_as(f: Callable, g: Callable, *args: Any) -> Any:
   h = jax.custom_jvp(lambda *leaves: f(*jax.tree.unflatten(tree, leaves)))
 
   def jvp(primals, tangents):
-    y = h(*primals)
+    y = whole(h, *primals)
     flat = lambda *leaves: g(*jax.tree.unflatten(tree, leaves))  # noqa: E731
     return y, tangent(flat, primals, tangents, y)
 

@@ -32,7 +32,7 @@ def _attributes(path):
       yield ast.unparse(node)
 
 
-def test_one_module_touches_the_internals_of_jax():
+def test_two_modules_touch_the_internals_of_jax():
   inside = ('jax._src', 'jax.extend', 'jax.core', 'jax.interpreters')
   found = {
     str(path.relative_to(ROOT))
@@ -40,7 +40,8 @@ def test_one_module_touches_the_internals_of_jax():
     for name in (*_imports(path), *_attributes(path))
     if name.startswith(inside)
   }
-  assert found == {'quantlab/graph/_jaxpr.py'}
+  # The kernels stand alone: they have one of their own.
+  assert found == {'quantlab/graph/_jaxpr.py', 'kernels/whole.py'}
 
 
 def test_nothing_is_unpickled():

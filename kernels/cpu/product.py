@@ -23,6 +23,7 @@ from quantlab_kernels import crossover, int_dot, panels, shapes
 from quantlab_kernels.cpu import library
 from quantlab_kernels.derivatives import tangent
 from quantlab_kernels.panels import Panels
+from quantlab_kernels.whole import whole
 
 # Rows of x up to which codes are decoded within the product; as in vec.h.
 DIRECT = {'amx': 4, 'avx512vnni': 4, 'avxvnni': 3, 'avx2': 2}
@@ -165,7 +166,7 @@ def differentiable(fast, otherwise):
 
   def jvp(primals, tangents):
     x, w, scale, zero, x_scale, x_zero, table = primals
-    y, along_x = f(*primals), tangents[4]
+    y, along_x = whole(f, *primals), tangents[4]
     if (
       isinstance(along_x, SymbolicZero)
       or x_scale is None
@@ -173,7 +174,7 @@ def differentiable(fast, otherwise):
     ):
       return y, tangent(otherwise, primals, tangents, y)
     # A product is linear in the scale of a row.
-    dy = along_x * f(x, w, scale, zero, None, x_zero, table)
+    dy = along_x * whole(f, x, w, scale, zero, None, x_zero, table)
     others = (*tangents[:4], None, *tangents[5:])
     return y, dy + tangent(otherwise, primals, others, y)
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+import quantlab_kernels as kernels
 from quantlab.formats import Format, Integer, base
 from quantlab.formats.integer import positive_zero
 
@@ -89,7 +90,8 @@ def snap(
 def _snap_jvp(fmt, traced, primals, tangents):
   x, step, inverse, z, limits, table, key = primals
   dx, ds, _, dz, _, dtable, _ = tangents
-  x_hat = snap(fmt, traced, *primals)  # not its value: it is derived again
+  # Not the value alone: it may be derived again.
+  x_hat = kernels.whole(functools.partial(snap, fmt, traced), *primals)
   y = lax.stop_gradient(x * inverse)
   value = lax.stop_gradient(_value(fmt, traced, y, z, limits, table, key))
   shifted = y if z is None else y + z

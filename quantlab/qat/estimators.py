@@ -29,6 +29,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+import quantlab_kernels as kernels
 from quantlab import core
 from quantlab.core import QParams, Quantizer, snap
 from quantlab.core.units import Units
@@ -167,7 +168,9 @@ def _through(x: Array, x_hat: Array) -> Array:
   return x_hat
 
 
-_through.defjvp(lambda primals, tangents: (_through(*primals), tangents[0]))
+_through.defjvp(
+  lambda primals, tangents: (kernels.whole(_through, *primals), tangents[0])
+)
 
 
 @jax.custom_jvp
@@ -176,7 +179,9 @@ def _scaled(v: Array, factor: Array) -> Array:
   return v
 
 
-_scaled.defjvp(lambda primals, t: (_scaled(*primals), t[0] * primals[1]))
+_scaled.defjvp(
+  lambda primals, t: (kernels.whole(_scaled, *primals), t[0] * primals[1])
+)
 
 
 def _constants(found: QParams) -> QParams:

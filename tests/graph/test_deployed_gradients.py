@@ -7,6 +7,7 @@ import pytest
 from draws import normal
 
 import quantlab as ql
+from quantlab_kernels import int_dot
 
 TOKEN = ql.int8(per='token')
 W8A8 = ql.rule(weight=ql.int8(), input=TOKEN)
@@ -20,6 +21,12 @@ INPUTS = {
 }
 PARAMS = {'a': normal(0, 16, 24) / 4, 'g': normal(1, 24), 'b': normal(2, 24, 8)}
 X = normal(3, 5, 16)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  """The C++ kernels serve, where there are any."""
+  monkeypatch.setattr(int_dot, 'on_one_cpu', lambda: True)
 
 
 def dense(p, x):
@@ -153,6 +160,41 @@ def test_composes(prepacked):
   along = jnp.ones_like(X)
   second = lambda f, p: jax.jvp(lambda x: g(p, f, x), (X,), (along,))[1]  # noqa: E731
   close(second(integer, packed), second(simulated, model.params))
+
+
+def products(f, x):
+  """Hessian-vector products, each way."""
+  g, along = jax.grad(f), jnp.cos(x)
+  return (
+    jax.jvp(g, (x,), (along,))[1],
+    jax.grad(lambda x: jnp.vdot(g(x), along))(x),
+    jax.grad(lambda x: jax.jvp(f, (x,), (along,))[1])(x),
+  )
+
+
+@pytest.mark.parametrize('integer', [False, True])
+@pytest.mark.parametrize(
+  'rule',
+  [W8A8, ql.rule(weight=ql.int4(group=8)), ql.rule(weight=ql.nf4(group=8))],
+  ids=['w8a8', 'w4a16', 'nf4'],
+)
+def test_second_derivatives_in_a_scan_are_those_of_the_layers(rule, integer):
+  w = normal(4, 3, 16, 16) / 4
+
+  def unrolled(p, x):
+    for i in range(3):
+      x = x + jnp.tanh(x @ p[str(i)])
+    return x
+
+  def found(apply, params):
+    model = ql.ptq(apply, params, {'': rule}, [X])
+    f = ql.quantized(apply, model.plan, integer=integer)
+    return products(lambda x: loss(f, model.params, x), X)
+
+  [want, *_] = found(unrolled, {str(i): v for i, v in enumerate(w)})
+  assert np.count_nonzero(want) == want.size
+  for got in found(scanned, {'w': w}):
+    close(got, want)
 
 
 def test_no_weight_is_kept_in_float():
