@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from quantlab import handlers
 from quantlab.core import QTensor
-from quantlab.graph import known, rewrite, tracing
+from quantlab.graph import _jaxpr, known, rewrite, tracing
 from quantlab.graph.segments import is_segments
 from quantlab.graph.sites import NOTHING
 from quantlab.graph.values import Dropped
@@ -60,6 +60,9 @@ class _Rewrite:
     self.name = getattr(apply, '__name__', 'apply')
 
   def __call__(self, variables, args, kwargs):
+    # A replayed operation is as it was traced: it does not say, inside
+    # shard_map, that an operand is shared where another one is not.
+    variables, args, kwargs = _jaxpr.all_varying((variables, args, kwargs))
     weights, state = _split(variables)
     if self.given is not None:
       weights = self.given.split(weights)

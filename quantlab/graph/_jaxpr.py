@@ -163,7 +163,55 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     return x
   aval = typeof(x)
   return jax.ShapeDtypeStruct(
-    aval.shape, aval.dtype, weak_type=bool(getattr(aval, 'weak_type', False))
+    aval.shape,
+    aval.dtype,
+    weak_type=bool(getattr(aval, 'weak_type', False)),
+    **_manual(aval),
+  )
+
+
+def _manual(aval: Any) -> dict[str, Any]:
+  """How shard_map says that a value differs between devices."""
+  if not varying(aval):
+    return {}
+  mesh = jax.sharding.get_abstract_mesh()
+  placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  word = 'manual_axis_type' if hasattr(aval, 'manual_axis_type') else 'vma'
+  return {word: getattr(aval, word), 'sharding': placed}
+
+
+def alike(avals: Sequence[Any]) -> list[Any]:
+  """All of them varying as the one that varies most (see `all_varying`)."""
+  most = max(avals, key=lambda a: len(varying(a)), default=None)
+  if most is None or not varying(most):
+    return list(avals)
+  return [a.update(**_manual(most)) for a in avals]
+
+
+def varying(aval: Any) -> frozenset:
+  """Axes of a mesh along which a value differs, where shard_map checks it."""
+  found = getattr(aval, 'manual_axis_type', aval)
+  return getattr(found, 'varying', getattr(found, 'vma', None)) or frozenset()
+
+
+def all_varying(values: Any) -> Any:
+  """Arrays as values that differ along every axis that one of them does.
+
+  The transpose sums their derivatives over the devices that share them.
+  """
+  leaves, tree = jax.tree.flatten(values)
+  known = [varying(typeof(x)) if is_array(x) else None for x in leaves]
+  axes = frozenset().union(*(k for k in known if k))
+  if not axes:
+    return values
+  return jax.tree.unflatten(
+    tree,
+    [
+      x
+      if k is None or k == axes
+      else lax.pcast(x, tuple(axes - k), to='varying')
+      for x, k in zip(leaves, known, strict=True)
+    ],
   )
 
 

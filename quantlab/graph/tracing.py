@@ -91,7 +91,7 @@ class Tracer:
     )
     arrays = [x for x, d in zip(values, dynamic, strict=True) if d]
     static = tuple(x for x, d in zip(values, dynamic, strict=True) if not d)
-    avals = [_jaxpr.abstract(logical(x)) for x in arrays]
+    avals = _jaxpr.alike([_jaxpr.abstract(logical(x)) for x in arrays])
     key = _key(p_tree, a_tree, dynamic, static, avals)
     found = self._cache.get(key) if key is not None else None
     leaves, inputs = arrays[: len(paths)], arrays[len(paths) :]

@@ -217,6 +217,56 @@ def test_inside_shard_map(deep):
   same_products(run(deep.params, X), deep.apply(deep.params, X))
 
 
+def gained(p, x):
+  """A float parameter between products, some of it in calls and loops."""
+  y = jax.jit(lambda y, g: jnp.tanh(y) * g)(x @ p['a'], p['g'])
+  step = lambda y, h: (jax.nn.relu(y * h) @ p['b'] + h, None)  # noqa: E731
+  return jax.lax.scan(step, y, p['h'])[0] - 1
+
+
+GAINED = {
+  'a': normal(3, 8, 8),
+  'b': normal(4, 8, 8) / 2,
+  'g': normal(5, 8),
+  'h': normal(6, 2, 8),
+}
+
+
+@pytest.mark.parametrize('kind', ['float', 'integer', 'simulated', 'training'])
+def test_gradients_inside_shard_map(kind):
+  """Of parameters that all devices share; shard_map sums what each finds."""
+  model = ql.ptq(gained, GAINED, {'': W8A8}, [X])
+  apply, params = {
+    'float': (gained, GAINED),
+    'integer': (model.apply, model.params),
+    'simulated': (
+      ql.quantized(gained, model.plan, integer=False),
+      model.params,
+    ),
+    'training': (ql.fake_quantized(gained, model.plan), GAINED),
+  }[kind]
+
+  def gradients(p, x):
+    loss = lambda p, x: jnp.sum(jnp.sin(apply(p, x)))  # noqa: E731
+    found = jax.grad(loss, (0, 1), allow_int=True)(p, x)
+    return [
+      g for g in jax.tree.leaves(found) if jnp.issubdtype(g.dtype, jnp.floating)
+    ]
+
+  want = gradients(params, X)
+  assert len(want) >= 4
+  assert all(map(np.any, want))
+  mesh = Mesh(np.array(jax.devices()[:2]), ('data',))
+  inside = jax.shard_map(
+    gradients,
+    mesh=mesh,
+    in_specs=(P(), P('data')),
+    out_specs=[P()] * (len(want) - 1) + [P('data')],
+  )
+  for got, one in zip(jax.jit(inside)(params, X), want, strict=True):
+    same_products(got, one)
+
+
 def test_one_trace_serves_every_call():
   traces = []
 
