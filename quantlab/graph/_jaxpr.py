@@ -204,15 +204,13 @@ def all_varying(values: Any) -> Any:
   axes = frozenset().union(*(k for k in known if k))
   if not axes:
     return values
-  return jax.tree.unflatten(
-    tree,
-    [
-      x
-      if k is None or k == axes
-      else lax.pcast(x, tuple(axes - k), to='varying')
-      for x, k in zip(leaves, known, strict=True)
-    ],
-  )
+
+  def vary(x, k):
+    if k is None or k == axes:
+      return x
+    return lax.pcast(x, tuple(sorted(axes - k)), to='varying')
+
+  return jax.tree.unflatten(tree, map(vary, leaves, known))
 
 
 def is_tracer(x: Any) -> bool:
