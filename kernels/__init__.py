@@ -6,7 +6,8 @@ Operations: `quantize_activation`, `int8_matmul`, `w4a8_matmul`,
 one file a backend; `explain(op, *args)` prints which one would run, and why.
 Storage: `pack`, `unpack`, `packed_rows`; `prepack` arranges a weight as the
 cpu kernels read it fastest. `slower_than_float` knows the sizes at which a
-product is not worth it. `python -m quantlab_kernels.build` compiles the cpu
+product is not worth it. `differentiated_as` and `whole` are for functions with
+derivatives of their own. `python -m quantlab_kernels.build` compiles the cpu
 backend ahead of its first use.
 """
 

@@ -2,9 +2,9 @@
 
 Reverse mode splits the body of a scan twice, into what is known and what is
 linear, and then into what the loop changes and what it does not. The second
-split replaces a `jax.custom_jvp` by the function inside (JAX to 0.12), whose
-own derivative may be zero, or absent. Who differentiates the result once more
-would get that one. A primitive is not opened.
+split replaces a `jax.custom_jvp` by the function inside, whose own derivative
+may be zero, or absent. Who differentiates the result once more would get that
+one. A primitive is not opened. JAX 0.12 does not need this.
 """
 
 from collections.abc import Callable
