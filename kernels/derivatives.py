@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from quantlab_kernels.whole import whole
+from quantlab_kernels.whole import jvp_along, whole
 
 
 def differentiated_as(f: Callable, g: Callable, *args: Any) -> Any:
@@ -50,18 +50,9 @@ def tangent(
     and t.dtype != jax.dtypes.float0
     for a, t in zip(primals, tangents, strict=True)
   ]
-  pairs = zip(primals, tangents, given, strict=True)
-  along = [(a, t) for a, t, varies in pairs if varies]
-  if not along:
+  if not any(given):
     return jax.tree.map(_still, y)
-
-  def partly(*varied):
-    it = iter(varied)
-    pairs = zip(primals, given, strict=True)
-    return g(*[next(it) if varies else a for a, varies in pairs])
-
-  at, moved = zip(*along, strict=True)
-  return jax.jvp(partly, at, moved)[1]
+  return jvp_along(g, primals, tangents, given)[1]
 
 
 def _still(y):

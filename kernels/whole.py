@@ -7,7 +7,9 @@ may be zero, or absent. Who differentiates the result once more would get that
 one. A primitive is not opened. JAX 0.12 does not need this.
 """
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +36,23 @@ def whole(f: Callable, *args: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(shape), y)
 
 
+def jvp_along(
+  f: Callable,
+  primals: Sequence[Any],
+  tangents: Sequence[Any],
+  varies: Sequence[bool],
+) -> tuple[Any, Any]:
+  """`jax.jvp` along some of the arguments; the others are constants."""
+
+  def partly(*varied):
+    it = iter(varied)
+    pairs = zip(primals, varies, strict=True)
+    return f(*[next(it) if v else x for x, v in pairs])
+
+  at, along = (list(itertools.compress(a, varies)) for a in (primals, tangents))
+  return jax.jvp(partly, at, along)
+
+
 def _run(*args, jaxpr, constants):
   closed = jex_core.ClosedJaxpr(jaxpr, args[:constants])
   return jex_core.jaxpr_as_fun(closed)(*args[constants:])
@@ -47,15 +66,8 @@ def _shapes(*args, jaxpr, constants):
 
 def _jvp(primals, tangents, **params):
   varies = [not isinstance(t, ad.Zero) for t in tangents]
-
-  def partly(*varied):
-    it = iter(varied)
-    pairs = zip(primals, varies, strict=True)
-    return _run(*[next(it) if v else x for x, v in pairs], **params)
-
-  pairs = list(zip(primals, tangents, varies, strict=True))
-  at, along = [x for x, _, v in pairs if v], [t for _, t, v in pairs if v]
-  y, dy = jax.jvp(partly, at, along)
+  run = functools.partial(_run, **params)
+  y, dy = jvp_along(run, primals, tangents, varies)
   still = jax.dtypes.float0
   return y, [
     ad.Zero(jax.typeof(a).to_tangent_aval()) if b.dtype == still else b
@@ -64,7 +76,7 @@ def _jvp(primals, tangents, **params):
 
 
 def _batched(args, axes, **params):
-  run = jax.vmap(lambda *args: _run(*args, **params), axes)
+  run = jax.vmap(functools.partial(_run, **params), axes)
   y = whole(run, *args)
   return y, [0] * len(y)
 

@@ -46,9 +46,9 @@ def forget_programs():
   jax.clear_caches()
 
 
-# Folders of what has to be equal bit for bit. The others say nothing of the
-# last bit or of time: launchers, margins of methods, refusals. Their modules
-# that do are marked `as_for_users`.
+# Folders of arithmetic that is right to the last bit as users compile it.
+# The others are of launchers, margins of methods, refusals; their modules where
+# the last bit depends on fusions are marked `as_for_users`.
 _AS_FOR_USERS = ('core', 'formats', 'kernels')
 
 

@@ -16,9 +16,6 @@ def run(command, folder):
     command: (port, index, folder) -> arguments of python.
     folder: where they write.
 
-  Returns:
-    The folder.
-
   Raises:
     AssertionError: one failed, or they did not end; with what they printed and
       the stacks of threads that hang.
@@ -46,4 +43,3 @@ def run(command, folder):
       w.kill()
   outputs = [path.read_text() for path in paths]
   assert all(w.returncode == 0 for w in workers), '\n'.join(outputs)
-  return folder

@@ -181,11 +181,11 @@ def _manual(aval: Any) -> dict[str, Any]:
 
 
 def alike(avals: Sequence[Any]) -> list[Any]:
-  """All of them varying as the one that varies most (see `all_varying`)."""
-  most = max(avals, key=lambda a: len(varying(a)), default=None)
-  if most is None or not varying(most):
+  """Those of stored leaves too vary as the arrays do (see `all_varying`)."""
+  first = next(filter(varying, avals), None)
+  if first is None:
     return list(avals)
-  return [a.update(**_manual(most)) for a in avals]
+  return [a.update(**_manual(first)) for a in avals]
 
 
 def varying(aval: Any) -> frozenset:
@@ -199,6 +199,8 @@ def all_varying(values: Any) -> Any:
 
   The transpose sums their derivatives over the devices that share them.
   """
+  if not jax.sharding.get_abstract_mesh().manual_axes:  # not in shard_map
+    return values
   leaves, tree = jax.tree.flatten(values)
   known = [varying(typeof(x)) if is_array(x) else None for x in leaves]
   axes = frozenset().union(*(k for k in known if k))

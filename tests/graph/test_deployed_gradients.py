@@ -1,5 +1,6 @@
 """Derivatives through integer products are those of their simulation."""
 
+import hessians
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,16 +163,6 @@ def test_composes(prepacked):
   close(second(integer, packed), second(simulated, model.params))
 
 
-def products(f, x):
-  """Hessian-vector products, each way."""
-  g, along = jax.grad(f), jnp.cos(x)
-  return (
-    jax.jvp(g, (x,), (along,))[1],
-    jax.grad(lambda x: jnp.vdot(g(x), along))(x),
-    jax.grad(lambda x: jax.jvp(f, (x,), (along,))[1])(x),
-  )
-
-
 @pytest.mark.parametrize('integer', [False, True])
 @pytest.mark.parametrize(
   'rule',
@@ -189,7 +180,7 @@ def test_second_derivatives_in_a_scan_are_those_of_the_layers(rule, integer):
   def found(apply, params):
     model = ql.ptq(apply, params, {'': rule}, [X])
     f = ql.quantized(apply, model.plan, integer=integer)
-    return products(lambda x: loss(f, model.params, x), X)
+    return hessians.products(lambda x: loss(f, model.params, x), X)
 
   [want, *_] = found(unrolled, {str(i): v for i, v in enumerate(w)})
   assert np.count_nonzero(want) == want.size

@@ -1,5 +1,6 @@
 """Derivatives of derivatives, where scans split their bodies."""
 
+import hessians
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,14 +44,7 @@ WAYS = {
 
 
 def second(f, x):
-  """Forward over reverse, reverse over reverse, reverse over forward."""
-  total, along = (lambda x: jnp.sum(jnp.cos(f(x)))), jnp.cos(x)
-  g = jax.grad(total)
-  return (
-    jax.jvp(g, (x,), (along,))[1],
-    jax.grad(lambda x: jnp.vdot(g(x), along))(x),
-    jax.grad(lambda x: jax.jvp(total, (x,), (along,))[1])(x),
-  )
+  return hessians.products(lambda x: jnp.sum(jnp.cos(f(x))), x)
 
 
 @pytest.mark.parametrize('jit', [False, True])
@@ -103,7 +97,27 @@ def by_ranges(x, **use):
   return x * scale
 
 
-KERNELS = {'w4a16': by_codes, 'int8': by_row_scales, 'quantize': by_ranges}
+def by_image_scales(x, **use):
+  images = CODES.reshape(1, 4, 4, 16)
+  y = kernels.int8_conv(
+    images,
+    CODES.reshape(1, 1, 16, 16),
+    window_strides=(1, 1),
+    padding='VALID',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    x_scale=jnp.sin(x[:1, :1]).reshape(1, 1, 1, 1),
+    w_scale=SCALE / 1e4,
+    **use,
+  )
+  return x + y[0, 0]
+
+
+KERNELS = {
+  'w4a16': by_codes,
+  'int8': by_row_scales,
+  'quantize': by_ranges,
+  'conv': by_image_scales,
+}
 
 
 @pytest.mark.parametrize('name', KERNELS)

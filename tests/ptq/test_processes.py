@@ -21,10 +21,11 @@ WORKER = pathlib.Path(__file__).with_name('worker.py')
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """What two workers left behind."""
-  return pairs.run(
-    lambda port, index, folder: [WORKER, str(index), str(port), folder],
-    tmp_path_factory.mktemp('processes'),
+  folder = tmp_path_factory.mktemp('processes')
+  pairs.run(
+    lambda port, index, folder: [WORKER, str(index), str(port), folder], folder
   )
+  return folder
 
 
 def arrays(path):

@@ -83,13 +83,13 @@ def test_killed_by_the_system_it_goes_on(tmp_path, update, whole):
 
 def test_two_processes_do_what_one_does(tmp_path, whole):
   """Each with two devices; sums have another order."""
-  folder = pairs.run(
+  pairs.run(
     lambda port, index, folder: [WORKER, folder, '0', str(port), str(index)],
     tmp_path,
   )
   expected = jax.tree.leaves(whole[0]['variables'])
   for i in range(2):
-    with np.load(folder / f'{i}.npz') as found:
+    with np.load(tmp_path / f'{i}.npz') as found:
       for name, x in zip(found.files, expected, strict=True):
         np.testing.assert_allclose(found[name], x, rtol=1e-5)
 
