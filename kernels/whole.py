@@ -24,7 +24,8 @@ def whole(f: Callable, *args: Any) -> Any:
   """Returns f(*args), as one operation to what does not differentiate it.
 
   Args:
-    f: a function of arrays; its derivatives are those that it has.
+    f: a function of arrays; its derivatives are those that it has. Without
+      collectives over an axis that `vmap` names: a batch is traced without.
     args: trees of arrays.
   """
   leaves, tree = jax.tree.flatten(args)

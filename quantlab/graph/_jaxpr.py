@@ -166,11 +166,11 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     aval.shape,
     aval.dtype,
     weak_type=bool(getattr(aval, 'weak_type', False)),
-    **_manual(aval),
+    **manual(aval),
   )
 
 
-def _manual(aval: Any) -> dict[str, Any]:
+def manual(aval: Any) -> dict[str, Any]:
   """How shard_map says that a value differs between devices."""
   if not varying(aval):
     return {}
@@ -185,7 +185,7 @@ def alike(avals: Sequence[Any]) -> list[Any]:
   first = next(filter(varying, avals), None)
   if first is None:
     return list(avals)
-  return [a.update(**_manual(first)) for a in avals]
+  return [a.update(**manual(first)) for a in avals]
 
 
 def varying(aval: Any) -> frozenset:

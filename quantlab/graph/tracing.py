@@ -203,7 +203,10 @@ def fingerprint(array: Any) -> str:
 
 def _key(p_tree, a_tree, dynamic, static, avals) -> Any:
   """Hashable cache key, or None where a Python argument is unhashable."""
-  shapes = tuple((a.shape, str(a.dtype), a.weak_type) for a in avals)
+  shapes = tuple(
+    (a.shape, str(a.dtype), a.weak_type, *_jaxpr.manual(a).values())
+    for a in avals
+  )
   # True == 1 and 0.0 == -0.0 in Python, but not in a traced function.
   typed = tuple(
     (type(x), x.hex() if isinstance(x, float) else x) for x in static

@@ -267,6 +267,18 @@ def test_gradients_inside_shard_map(kind):
     same_products(got, one)
 
 
+def test_shared_inputs_after_spread_ones():
+  """Of the same shape on each device; each has a trace of its own."""
+  apply = lambda p, x: jnp.tanh(jax.nn.relu(x @ p['a'] + p['g']) - 1)  # noqa: E731
+  run = ql.quantized(apply)
+  want = apply(GAINED, X)
+  mesh = Mesh(np.array(jax.devices()[:2]), ('data',))
+  for spec, rows in ((P('data'), 4), (P(), 2), (P('data'), 4)):
+    inside = jax.shard_map(run, mesh=mesh, in_specs=(P(), spec), out_specs=spec)
+    same_products(jax.jit(inside)(GAINED, X[:rows]), want[:rows])
+  same_products(run(GAINED, X), want)
+
+
 def test_one_trace_serves_every_call():
   traces = []
 
